@@ -1,0 +1,1 @@
+"""Artifact and prompt to tokens: attention function, cache, online basis, enable()."""

@@ -1,0 +1,17 @@
+"""One document with its question: what every data set of this package yields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """`images` are the pages in reading order; any of `answers` counts as right."""
+
+    id: str
+    images: tuple[Image.Image, ...]
+    question: str
+    answers: tuple[str, ...]

@@ -1,0 +1,156 @@
+"""Decode attention over the compact cache with Triton: two launches, no wait for the device.
+
+The specification is `decode_torch.decode_attention_torch`. Splits come from `view.splits` (`table.plan_splits`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .table import CacheView
+
+HEAD_DIMS = (64, 96, 128, 256)
+MAX_ROWS = 64
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Tile sizes of the split kernel: tokens per tile and pipeline stages of coded and of dense splits, and warps."""
+
+    block_n: int
+    stages: int
+    dense_block_n: int
+    dense_stages: int
+    warps: int = 4
+
+
+def config(rank_tile: int, head_dim: int, itemsize: int, has_dense: bool = True, rows: int = 16) -> Config:
+    """Tile sizes for a layer whose largest coded rank fits `rank_tile` (0: nothing is coded) and `rows` packed query rows.
+
+    Both bodies live in one kernel, whose shared memory is that of the larger one; so where the only raw tokens are those of
+    the window, its tiles are small and leave room for more programs per multiprocessor.
+    """
+    wide = head_dim * itemsize > 256  # fp32, or D = 256: half the tokens per tile
+    block_n = 32 if wide else 64
+    warps = 8 if itemsize == 4 or rows * head_dim > 8192 else 4  # with 4, the accumulators of these would spill
+    if rank_tile == 0:
+        return Config(block_n, 2, block_n, 2 if wide else 3, warps)
+    return Config(block_n, 2 if wide else 3, block_n if has_dense else 32, 2, warps)
+
+
+def supported(q: Tensor, view: CacheView) -> str | None:
+    """Why `decode_attention` cannot serve this call, or None if it can."""
+    _, query_heads, new, dim = q.shape
+    heads = view.num_kv_heads
+    if view.splits is None:
+        return "the view has no split plan"
+    if dim not in HEAD_DIMS:
+        return f"head_dim {dim} is not one of {HEAD_DIMS}"
+    if query_heads % heads:
+        return f"{query_heads} query heads are no multiple of {heads} KV heads"
+    if new * (query_heads // heads) > MAX_ROWS:
+        return f"{new} new tokens times {query_heads // heads} heads per group exceed {MAX_ROWS} rows"
+    if q.dtype not in DTYPES:
+        return f"dtype {q.dtype} is not one of {DTYPES}"
+    if any(x.dtype != q.dtype for x in (view.keys, view.values, view.bases, view.window_keys, view.window_values)):
+        return f"queries are {q.dtype}, the cache is {view.keys.dtype}"
+    if q.dtype is torch.float32 and dim > 128:
+        return f"head_dim {dim} in float32 needs more shared memory than a multiprocessor has"
+    strides = view.window_keys.stride()
+    if strides != view.window_values.stride() or strides[2:] != (dim, 1):
+        return f"the window's strides {strides} and {view.window_values.stride()} are not equal with the last two contiguous"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    if q.device.type != "cuda" and not _interpreted():
+        return f"tensors are on {q.device.type}, Triton needs cuda"
+    return None
+
+
+def decode_attention(
+    q: Tensor,
+    view: CacheView,
+    scaling: float,
+    *,
+    tiles: Config | None = None,
+    two_part_query: bool = False,
+) -> Tensor:
+    """Attention of the T newest tokens over everything stored.
+
+    Args:
+        q: `[B, Hq, T, D]` after RoPE, not rotated, any strides with the last 1; its tokens are already in the window.
+        view: the layer's cache, with `splits`; `window_keys` and `window_values` have equal strides, contiguous in the last two dimensions.
+        scaling: factor of the logits.
+        tiles: overrides `config`.
+        two_part_query: keep the rotated query as the sum of two numbers of the cache's dtype, which removes its rounding
+            at the price of a second small matrix product per tile.
+
+    Returns:
+        `[B, Hq, T, D]` in q's dtype, contiguous.
+
+    Raises:
+        ValueError: the shape is not supported, with `supported`'s reason.
+    """
+    reason = supported(q, view)
+    if reason is not None:
+        raise ValueError(f"no Triton decode attention: {reason}; use decode_torch.decode_attention_torch")
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return decode_attention(q, view, scaling, tiles=tiles, two_part_query=two_part_query)
+    from . import decode_kernels as kernels
+
+    plan = view.splits
+    batch, query_heads, new, dim = q.shape
+    heads = view.num_kv_heads
+    group = query_heads // heads
+    rows = new * group
+    padded_rows = max(16, _power_of_two(rows))
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    rank_tile = max(16, _power_of_two(plan.max_rank)) if plan.has_coded else 0
+    tiles = tiles or config(rank_tile, dim, q.element_size(), plan.has_dense, padded_rows)
+    precision = "tf32x3" if q.dtype is torch.float32 else "tf32"  # read for fp32 operands only
+    out = torch.empty((batch, query_heads, new, dim), dtype=q.dtype, device=q.device)
+    splits = plan.num_splits
+    # Whole 16 bytes each: Triton would compile anew for pointers aligned otherwise.
+    part_rows = -(-splits * rows // 4) * 4
+    parts = torch.empty(part_rows * (dim + 2), dtype=torch.float32, device=q.device)
+    part_acc, part_m, part_l = parts.split((part_rows * dim, part_rows, part_rows))
+    if splits:
+        kernels.split_kernel[(splits,)](
+            q, plan.records, view.keys, view.values, view.bases, view.means,
+            view.window_keys, view.window_values, view.window_lengths,
+            part_m, part_l, part_acc,
+            scaling * math.log2(math.e),
+            q.stride(0), q.stride(1), q.stride(2), view.window_keys.stride(0), view.window_keys.stride(1),
+            HEADS=heads, G=group, T=new, D=dim, DP=_power_of_two(dim), M=padded_rows, RANK_TILE=rank_tile,
+            BLOCK_N=tiles.block_n, STAGES=tiles.stages, DENSE_BLOCK_N=tiles.dense_block_n, DENSE_STAGES=tiles.dense_stages,
+            TWO_PART=two_part_query, UPCAST=not q.is_cuda, PRECISION=precision, num_warps=tiles.warps,
+        )  # fmt: skip
+    block_s = min(64, max(2, _power_of_two(plan.max_splits)))
+    # Few rows: cut the channels too, so that enough programs read the partials.
+    block_d = 32 if batch * heads * rows < 512 else _power_of_two(dim)
+    kernels.merge_kernel[(batch * heads * rows, -(-dim // block_d))](
+        part_m, part_l, part_acc, plan.ranges, out, out.stride(0), out.stride(1), out.stride(2),
+        HEADS=heads, G=group, T=new, D=dim, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4 if block_s * block_d > 1024 else 1,
+    )  # fmt: skip
+    return out
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in Python on the CPU (TRITON_INTERPRET=1, read by Triton at import)."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from . import decode_kernels
+
+    return isinstance(decode_kernels.split_kernel, InterpretedFunction)

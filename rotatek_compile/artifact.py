@@ -1,0 +1,299 @@
+"""The artifact: a directory of JSON and safetensors, read strictly (DESIGN.md §5).
+
+Tensors of `rotatek.safetensors`, for each compressed layer i and token kind `visual` (and `text` with span `all`), D channels:
+
+    layers.{i}.{kind}.key_mean      float32 [Hkv, D]        layers.{i}.{kind}.value_mean      likewise for Values
+    layers.{i}.{kind}.key_encode    float32 [Hkv, D, D]     layers.{i}.{kind}.value_encode
+    layers.{i}.{kind}.key_spectrum  float32 [Hkv, D]        layers.{i}.{kind}.value_spectrum
+    layers.{i}.key_rank             int32   [Hkv]           the plan: directions kept, a multiple of 8, zero allowed
+    layers.{i}.sensitivity          float32 [Hkv, levels]   measured KL (nats) when this head alone is cut to a level
+
+`encode` is stored in float32, not bf16: its condition reaches hundreds, and rounding it to 8 bits of mantissa moves its smallest
+singular values by their own size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._version import __version__
+from .bases import BASES, MAX_CONDITION
+from .errors import ArtifactError, RotateKError
+from .geometry import Geometry
+
+FORMAT_VERSION = 1
+CONFIG_FILE, TENSOR_FILE, REPORT_FILE, CARD_FILE = "rotatek_config.json", "rotatek.safetensors", "report.json", "README.md"
+SPANS = ("visual", "all")
+ALLOCATIONS = ("allocated", "uniform")
+RANK_STEP = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What the runtime must know beyond tensors; the section `rotatek` of the config."""
+
+    basis: str = "two-sided"
+    span: str = "visual"
+    window: int = 128  # newest text tokens kept raw
+    keep_ratio: float = 0.25  # fraction of Key directions kept, mean over heads
+    allocation: str = "allocated"
+    key_bits: str = "native"
+    value_bits: str = "native"
+    prior_tokens: int = 256  # n0 of DESIGN.md §4.6: how many tokens the calibrated covariance is worth
+    fallback_factor: float = 8.0  # a head whose discarded energy exceeds this many times the expected one keeps more; 0 turns it off
+    levels: tuple[int, ...] = ()  # ranks at which sensitivities were measured
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Token kinds that are coded."""
+        return ("visual",) if self.span == "visual" else ("visual", "text")
+
+
+@dataclass(slots=True)
+class Artifact:
+    """An artifact in memory; `config` holds everything that is written to rotatek_config.json."""
+
+    geometry: Geometry
+    method: Method
+    tensors: dict[str, Tensor]
+    base_model: dict[str, Any]
+    calibration: dict[str, Any]
+    report: dict[str, Any] = field(default_factory=dict)
+    libraries: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+    def ranks(self) -> dict[int, list[int]]:
+        """Directions kept per KV head, by layer."""
+        return {i: self.tensors[f"layers.{i}.key_rank"].tolist() for i in self.geometry.compressible}
+
+    def bytes_per_token(self) -> float:
+        """Bytes of one coded token over all compressed layers: codes and raw Values at 2 bytes a number, no per-image parts."""
+        layers = self.geometry.layers
+        return float(sum(2 * sum(ranks) + 2 * layers[i].kv_heads * layers[i].head_dim for i, ranks in self.ranks().items()))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that can change an artifact's numbers."""
+    import safetensors
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "safetensors": safetensors.__version__}
+
+
+@contextmanager
+def atomic_directory(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place only if the block succeeds.
+
+    Raises:
+        RotateKError: `target` exists and is not empty without `overwrite`, or cannot be written (disk full, no permission).
+    """
+    refuse_existing(target, overwrite)
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        yield staging
+        staging.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        staging.replace(target)
+    except OSError as error:
+        raise RotateKError(f"could not write {target}: {error.strerror or error}; free space or choose another --output") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Refuse a target that would be lost.
+
+    An existing artifact is replaced with `overwrite`; a directory that is no artifact never is.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise RotateKError(f"{target} is a file; choose another --output")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise RotateKError(f"{target} is not empty; pass --overwrite to replace it, or choose another --output")
+    if not (target / CONFIG_FILE).is_file():
+        raise RotateKError(f"{target} holds no {CONFIG_FILE}, so --overwrite will not delete it; choose another --output")
+
+
+def write_artifact(artifact: Artifact, directory: Path, card: str) -> None:
+    """Write the artifact's own four files into an existing (staging) directory.
+
+    Raises:
+        OSError: the file system refused (also safetensors' own error, turned into OSError).
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({k: v.contiguous().cpu() for k, v in artifact.tensors.items()}, directory / TENSOR_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    (directory / TENSOR_FILE).chmod(0o644)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "tool": f"rotatek-compile {__version__}",
+        "base_model": artifact.base_model,
+        "geometry": artifact.geometry.to_json(),
+        "rotatek": asdict(artifact.method),
+        "calibration": artifact.calibration,
+        "libraries": artifact.libraries or library_versions(),
+        "files": {TENSOR_FILE: {"sha256": _sha256(directory / TENSOR_FILE)}},
+    }
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / REPORT_FILE).write_text(json.dumps(artifact.report, indent=2) + "\n", encoding="utf-8")
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def read_artifact(path: str | Path) -> Artifact:
+    """Read and check an artifact directory; nothing is used before it is checked.
+
+    Raises:
+        ArtifactError: one sentence naming the file, the key or tensor, the value seen and what to do.
+    """
+    path = Path(path)
+    config = _read_json(path, CONFIG_FILE)
+    version = config.get("format_version")
+    if not isinstance(version, int):
+        raise ArtifactError(f"{path / CONFIG_FILE}: format_version is {version!r}, not a whole number; compile the artifact again")
+    if version > FORMAT_VERSION:
+        raise ArtifactError(f"{path / CONFIG_FILE}: format_version {version} is newer than {FORMAT_VERSION}; upgrade rotatek-compile")
+    known = {"format_version", "tool", "base_model", "geometry", "rotatek", "calibration", "libraries", "files"}
+    if unknown := sorted(set(config) - known):
+        warnings.warn(f"{path / CONFIG_FILE}: ignoring unknown keys {', '.join(unknown)}", stacklevel=2)
+    try:
+        geometry = Geometry.from_json(config["geometry"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path / CONFIG_FILE}: section geometry is damaged ({error!r}); compile the artifact again") from error
+    if not geometry.compressible:
+        raise ArtifactError(f"{path / CONFIG_FILE}: geometry lists no full_attention layer; compile the artifact again")
+    method = _read_method(path, config.get("rotatek"))
+    for section in ("base_model", "calibration", "files"):
+        if not isinstance(config.get(section), dict):
+            raise ArtifactError(f"{path / CONFIG_FILE}: section {section} is missing; compile the artifact again")
+    tensors = _read_tensors(path, config["files"])
+    _check_tensors(path / TENSOR_FILE, tensors, geometry, method)
+    report = _read_json(path, REPORT_FILE) if (path / REPORT_FILE).is_file() else {}
+    libraries = config.get("libraries") if isinstance(config.get("libraries"), dict) else {}
+    return Artifact(geometry, method, tensors, config["base_model"], config["calibration"], report, libraries, path)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_old(stream)
+
+
+def _sha256_old(stream: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    if not path.exists():
+        raise ArtifactError(f"artifact {path} does not exist; make one with rotatek-compile")
+    if not (path / name).is_file():
+        raise ArtifactError(f"{path} is no artifact: it has no {name}; make one with rotatek-compile")
+    try:
+        data = json.loads((path / name).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{path / name} is not readable JSON ({error}); compile the artifact again") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path / name} holds a {type(data).__name__}, expected an object; compile the artifact again")
+    return data
+
+
+def _read_method(path: Path, data: Any) -> Method:
+    where = f"{path / CONFIG_FILE}: section rotatek"
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{where} is missing; compile the artifact again")
+    names = {f.name for f in fields(Method)}
+    if unknown := sorted(set(data) - names):
+        warnings.warn(f"{where}: ignoring unknown keys {', '.join(unknown)}", stacklevel=3)
+    try:
+        values = {k: v for k, v in data.items() if k in names}
+        values["levels"] = tuple(int(i) for i in values.get("levels", ()))
+        method = Method(**values)
+        checks = (
+            ("basis", method.basis in BASES),
+            ("span", method.span in SPANS),
+            ("allocation", method.allocation in ALLOCATIONS),
+            ("key_bits", method.key_bits == "native"),
+            ("value_bits", method.value_bits == "native"),
+            ("window", isinstance(method.window, int) and method.window >= 1),
+            ("keep_ratio", 0 <= float(method.keep_ratio) <= 1),
+            ("prior_tokens", isinstance(method.prior_tokens, int) and method.prior_tokens >= 0),
+            ("fallback_factor", float(method.fallback_factor) >= 0),
+        )
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{where} is damaged ({error}); compile the artifact again") from error
+    for name, good in checks:
+        if not good:
+            raise ArtifactError(f"{where}: {name} is {getattr(method, name)!r}, which this version cannot run; compile the artifact again")
+    return method
+
+
+def _read_tensors(path: Path, files: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = path / TENSOR_FILE
+    if not file.is_file():
+        raise ArtifactError(f"{path} is incomplete: it has no {TENSOR_FILE}; compile the artifact again or download it again")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{file} is damaged or truncated ({error}); compile the artifact again or download it again") from error
+    entry = files.get(TENSOR_FILE)
+    expected = entry.get("sha256") if isinstance(entry, dict) else None
+    if expected != (seen := _sha256(file)):
+        raise ArtifactError(f"{file} was changed after it was written: sha256 {seen[:12]}…, recorded {str(expected)[:12]}…; get it again")
+    return tensors
+
+
+def _check_tensors(file: Path, tensors: dict[str, Tensor], geometry: Geometry, method: Method) -> None:
+    again = "compile the artifact again"
+    for i in geometry.compressible:
+        heads, dim = geometry.layers[i].kv_heads, geometry.layers[i].head_dim
+        expected = {f"layers.{i}.key_rank": (heads,), f"layers.{i}.sensitivity": (heads, len(method.levels))}
+        for kind in method.kinds:
+            for side in ("key", "value"):
+                prefix = f"layers.{i}.{kind}.{side}"
+                expected |= {f"{prefix}_mean": (heads, dim), f"{prefix}_encode": (heads, dim, dim), f"{prefix}_spectrum": (heads, dim)}
+        for name, shape in expected.items():
+            tensor = tensors.get(name)
+            if tensor is None:
+                raise ArtifactError(f"{file}: tensor {name} is missing; {again}")
+            if tuple(tensor.shape) != shape:
+                raise ArtifactError(f"{file}: tensor {name} has shape {list(tensor.shape)}, the geometry wants {list(shape)}; {again}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise ArtifactError(f"{file}: tensor {name} holds NaN or infinity; {again}")
+            if name.endswith("_spectrum") and bool((tensor < 0).any()):
+                raise ArtifactError(f"{file}: tensor {name} has a negative entry ({float(tensor.min()):.3g}); {again}")
+            if name.endswith("_encode"):
+                singular = torch.linalg.svdvals(tensor.double())
+                condition = float((singular[..., 0] / singular[..., -1].clamp_min(1e-300)).max())
+                # one part in a thousand for the rounding to float32
+                if not condition <= MAX_CONDITION * 1.001:
+                    raise ArtifactError(f"{file}: tensor {name} is not safely invertible (condition {condition:.3g} > 1e4); {again}")
+        rank = tensors[f"layers.{i}.key_rank"]
+        if bool(((rank < 0) | (rank > dim) | (rank % RANK_STEP != 0)).any()):
+            raise ArtifactError(f"{file}: plan layers.{i}.key_rank is {rank.tolist()}, allowed are multiples of 8 from 0 to {dim}; {again}")

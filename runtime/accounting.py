@@ -1,0 +1,106 @@
+"""What a cache really holds, in bytes allocated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .cache import RotateKCache, RotateKLayer
+
+DENSE_ITEMSIZE = 2  # sizes are compared at 2 bytes a number, whatever the compute dtype (DESIGN.md §3)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBytes:
+    """Bytes of one cache. `stored` is what is allocated; the others count codes and raw numbers at 2 bytes each.
+
+    total: everything; span: coded segments with all they need (codes, Values, means, own bases); window: raw text (window and
+    older dense text); basis: own bases, part of span; slack: block padding and unused window, part of span or window;
+    tables: segment tables, lengths and work lists; dense: the stock cache for the same tokens; span_dense: the stock cache for
+    the coded tokens; fallback_heads: (sequence, head, segment) triples that kept more than planned.
+    """
+
+    stored: int = 0
+    total: int = 0
+    span: int = 0
+    span_dense: int = 0
+    window: int = 0
+    basis: int = 0
+    slack: int = 0
+    tables: int = 0
+    dense: int = 0
+    fallback_heads: int = 0
+
+    def __add__(self, other: CacheBytes) -> CacheBytes:
+        return CacheBytes(**{k: v + asdict(other)[k] for k, v in asdict(self).items()})
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the distinct storages behind tensors; views of one storage count once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+
+
+def cache_tensors(cache: Cache) -> list[Tensor]:
+    """Every tensor a cache keeps alive for its sequences."""
+    tensors: list[Tensor] = []
+    for layer in cache.layers:
+        if isinstance(layer, RotateKLayer):
+            if layer.is_initialized:
+                tensors.extend(layer.store.tensors().values())
+        else:
+            tensors.extend(t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor))
+    return tensors
+
+
+def cache_bytes(cache: Cache, tokens: int | None = None) -> CacheBytes:
+    """Count a cache, compressed or stock.
+
+    Args:
+        tokens: real tokens over all sequences, for `dense`; by default batch × length, padding included.
+    """
+    total = CacheBytes()
+    for layer in cache.layers:
+        if isinstance(layer, RotateKLayer):
+            if layer.is_initialized:
+                total += _layer_bytes(layer, tokens)
+        elif isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.numel():
+            stored = storage_bytes([keys, layer.values])
+            numbers = keys.numel() + layer.values.numel()
+            real = tokens if tokens is not None else keys.shape[0] * keys.shape[2]
+            dense = real * keys.shape[1] * (keys.shape[3] + layer.values.shape[3]) * DENSE_ITEMSIZE
+            total += CacheBytes(stored=stored, total=numbers * DENSE_ITEMSIZE, dense=dense)
+    return total
+
+
+def _layer_bytes(layer: RotateKLayer, tokens: int | None) -> CacheBytes:
+    store = layer.store
+    parts = store.tensors()
+    size = DENSE_ITEMSIZE
+    coded_tokens = store.coded_tokens()
+    dense_numbers = store.dense_text_elements()
+    basis = parts["bases"].numel() * size if "bases" in parts else 0
+    span = (parts["keys"].numel() + parts["values"].numel() - dense_numbers) * size + storage_bytes([parts["means"]]) + basis
+    window_numbers = parts["window_keys"].numel() + parts["window_values"].numel()
+    window = (window_numbers + dense_numbers) * size
+    tables = storage_bytes([parts[k] for k in ("window_lengths", "table", "splits", "ranges") if k in parts])
+    used = int(store.window_host.sum()) * store.heads * 2 * store.dim
+    slack = (store.slack_elements() + window_numbers - used) * size
+    per_token = 2 * store.heads * store.dim * size
+    real = tokens if tokens is not None else store.batch * layer.logical_length
+    return CacheBytes(
+        stored=storage_bytes(list(parts.values())),
+        total=span + window + tables,
+        span=span,
+        span_dense=coded_tokens * per_token,
+        window=window,
+        basis=basis,
+        slack=slack,
+        tables=tables,
+        dense=real * per_token,
+        fallback_heads=int(store.fallback.sum()),
+    )
+
+
+__all__ = ["CacheBytes", "RotateKCache", "cache_bytes", "cache_tensors", "storage_bytes"]

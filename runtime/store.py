@@ -1,0 +1,354 @@
+"""What one cache layer has stored: pools of codes and Values, the table of segments, and the raw text window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.codes import pack, pool_elements
+from ..kernels.table import (
+    BASIS_OFFSET,
+    BASIS_STRIDE,
+    BLOCK,
+    FIELDS,
+    KEY_OFFSET,
+    KIND,
+    LENGTH,
+    MEAN_OFFSET,
+    RANK,
+    VALUE_OFFSET,
+    CacheView,
+    Kind,
+    plan_splits,
+)
+from .online import HeadCode
+from .prepared import KindBasis
+
+WINDOW_STEP = 32  # tokens by which the window's buffer grows
+MERGE_AT = 8  # retired text blocks of one row are merged when there are this many
+PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+class Store:
+    """Segments and window of one layer for B sequences. Grows by whole segments; nothing in the pools ever moves but by `_merge_text`.
+
+    Args:
+        batch, heads, dim: B, Hkv, D.
+        dtype, device: of the Keys that are stored.
+    """
+
+    def __init__(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.heads, self.dim, self.dtype, self.device = heads, dim, dtype, device
+        self.keys, self.values = self._empty(0), self._empty(0)
+        self.means = torch.empty(0, dtype=torch.float32, device=device)
+        self.bases = self._empty(0)
+        self.owns_bases = False  # until then `bases` is the artifact's tensor, shared by all caches
+        self.table = np.zeros((batch, heads, 0, FIELDS), dtype=np.int64)
+        self.table_on_device: Tensor | None = None
+        self.fallback = np.zeros((batch, heads), dtype=np.int64)  # segments that needed more than the plan
+        self.window_keys = self._empty(batch, heads, 0, dim)
+        self.window_values = self._empty(batch, heads, 0, dim)
+        self.window_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.window_host = np.zeros(batch, dtype=np.int64)
+        self._places: dict[str, int] = {}  # token kind -> start of its calibrated basis in `bases`
+        self._mean_places: dict[str, int] = {}  # likewise for calibrated means
+        self._pending: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._view: CacheView | None = None
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def batch(self) -> int:
+        return self.table.shape[0]
+
+    # -- the window -----------------------------------------------------------------------------------------------------------
+
+    def append_window(self, keys: Tensor, values: Tensor) -> None:
+        """Append the same T tokens' worth to every row: keys, values [B, Hkv, T, D]; rows may have different lengths."""
+        new = keys.shape[2]
+        self._reserve_window(int(self.window_host.max(initial=0)) + new)
+        if (self.window_host == self.window_host[0]).all():
+            start = int(self.window_host[0])
+            self.window_keys[:, :, start : start + new] = keys
+            self.window_values[:, :, start : start + new] = values
+        else:
+            where = self.window_lengths.long()[:, None] + torch.arange(new, device=self.device)
+            rows = torch.arange(self.batch, device=self.device)[:, None]
+            self.window_keys[rows, :, where] = keys.transpose(1, 2)
+            self.window_values[rows, :, where] = values.transpose(1, 2)
+        self.window_host += new
+        self.window_lengths += new
+
+    def append_row(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Append T tokens to one row's window: keys, values [Hkv, T, D]."""
+        start, new = int(self.window_host[row]), keys.shape[1]
+        self._reserve_window(start + new)
+        self.window_keys[row, :, start : start + new] = keys
+        self.window_values[row, :, start : start + new] = values
+        self.window_host[row] += new
+        self.window_lengths[row] += new
+
+    def drop_oldest(self, row: int, tokens: int) -> None:
+        """Remove a row's oldest window tokens, which have been stored elsewhere."""
+        end = int(self.window_host[row])
+        for buffer in (self.window_keys, self.window_values):
+            buffer[row, :, : end - tokens] = buffer[row, :, tokens:end].clone()
+        self.window_host[row] -= tokens
+        self.window_lengths[row] -= tokens
+
+    def trim_window(self, tokens: int) -> None:
+        """Forget the newest `tokens` of every row (speculative decoding)."""
+        self.window_host -= tokens
+        self.window_lengths -= tokens
+        self._view = None
+
+    def _reserve_window(self, capacity: int) -> None:
+        have = self.window_keys.shape[2]
+        if capacity <= have:
+            return
+        capacity = -(-capacity // WINDOW_STEP) * WINDOW_STEP
+        for name in ("window_keys", "window_values"):
+            grown = self._empty(self.batch, self.heads, capacity, self.dim)
+            grown[:, :, :have] = getattr(self, name)
+            setattr(self, name, grown)
+        self._view = None
+
+    # -- segments -------------------------------------------------------------------------------------------------------------
+
+    def add_coded(self, row: int, keys: Tensor, values: Tensor, mean: Tensor, codes: list[HeadCode], basis: KindBasis) -> None:
+        """Store one coded segment of one row: keys fp32 [Hkv, S, D], values [Hkv, S, D], mean fp32 [Hkv, D]."""
+        centred = keys - mean.unsqueeze(1)
+        packed = [(centred[h] @ code.encode).to(self.dtype) for h, code in enumerate(codes)]
+        entry = np.zeros((self.heads, FIELDS), dtype=np.int64)
+        entry[:, KIND], entry[:, LENGTH] = int(Kind.CODED), keys.shape[1]
+        entry[:, RANK] = entry[:, BASIS_STRIDE] = [code.rank for code in codes]
+        entry[:, MEAN_OFFSET] = self.means.numel() + np.arange(self.heads) * self.dim
+        self.means = torch.cat([self.means, mean.reshape(-1)])
+        entry[:, BASIS_OFFSET] = self._place_bases(codes, basis)
+        self.fallback[row] += [code.fallback for code in codes]
+        self._add(row, entry, packed, values)
+
+    def add_shared(self, row: int, keys: Tensor, values: Tensor, basis: KindBasis, ranks: tuple[int, ...]) -> None:
+        """As `add_coded` with the calibrated mean and basis, so that later blocks can be merged into one segment."""
+        centred = keys - basis.mean.unsqueeze(1)
+        packed = [(centred[h] @ (basis.encode[h, :, :rank] * basis.scale[h, :rank])).to(self.dtype) for h, rank in enumerate(ranks)]
+        entry = np.zeros((self.heads, FIELDS), dtype=np.int64)
+        entry[:, KIND], entry[:, LENGTH] = int(Kind.CODED), keys.shape[1]
+        entry[:, RANK] = entry[:, BASIS_STRIDE] = ranks
+        entry[:, MEAN_OFFSET] = self._calibrated_means(basis) + np.arange(self.heads) * self.dim
+        entry[:, BASIS_OFFSET] = self._shared_offset(basis) + basis.offsets
+        self._add(row, entry, packed, values)
+
+    def add_dense(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Store raw tokens [Hkv, S, D] as a dense segment of one row."""
+        entry = np.zeros((self.heads, FIELDS), dtype=np.int64)
+        entry[:, KIND], entry[:, LENGTH] = int(Kind.DENSE), keys.shape[1]
+        self._add(row, entry, list(keys.to(self.dtype)), values)
+
+    def _add(self, row: int, entry: np.ndarray, keys: list[Tensor], values: Tensor) -> None:
+        key_start = self.keys.numel() + sum(part.numel() for parts, _ in self._pending for part in parts)
+        value_start = self.values.numel() + sum(part.numel() for _, parts in self._pending for part in parts)
+        key_parts, value_parts = [pack(k) for k in keys], [pack(v.to(self.dtype)) for v in values]
+        entry[:, KEY_OFFSET] = key_start + np.cumsum([0, *(part.numel() for part in key_parts[:-1])])
+        entry[:, VALUE_OFFSET] = value_start + np.cumsum([0, *(part.numel() for part in value_parts[:-1])])
+        self._pending.append((key_parts, value_parts))
+        free = np.flatnonzero(self.table[row, 0, :, KIND] == Kind.EMPTY)
+        if not free.size:
+            self.table = np.concatenate([self.table, np.zeros_like(self.table, shape=(self.batch, self.heads, 1, FIELDS))], axis=2)
+            free = np.array([self.table.shape[2] - 1])
+        self.table[row, :, free[0]] = entry
+
+    def flush(self) -> None:
+        """Move added segments into the pools; call once after a batch of `add_*`."""
+        if self._pending:
+            self.keys = torch.cat([self.keys, *(part for parts, _ in self._pending for part in parts)])
+            self.values = torch.cat([self.values, *(part for _, parts in self._pending for part in parts)])
+            self._pending.clear()
+            self._merge_text()
+        self.table_on_device = None
+        self._view = None
+
+    def _place_bases(self, codes: list[HeadCode], basis: KindBasis) -> np.ndarray:
+        """Offsets of every head's decode matrix; own ones are appended, which makes the pool the cache's own."""
+        offsets = self._shared_offset(basis) + basis.offsets
+        own = [code.own for code in codes]
+        if any(part is not None for part in own):
+            if not self.owns_bases:
+                self.bases, self.owns_bases = self.bases.clone(), True
+            start = self.bases.numel()
+            parts = []
+            for h, part in enumerate(own):
+                if part is not None:
+                    offsets[h] = start
+                    parts.append(part.reshape(-1).to(self.dtype))
+                    start += part.numel()
+            self.bases = torch.cat([self.bases, *parts])
+        return offsets
+
+    def _shared_offset(self, basis: KindBasis) -> int:
+        """Where this calibrated basis starts in `bases`; brought in at its first use."""
+        if basis.kind not in self._places:
+            self._places[basis.kind] = self.bases.numel()
+            if self.bases.numel() == 0:
+                self.bases = basis.shared
+            else:
+                self.bases, self.owns_bases = torch.cat([self.bases, basis.shared]), True
+        return self._places[basis.kind]
+
+    def _calibrated_means(self, basis: KindBasis) -> int:
+        if basis.kind not in self._mean_places:
+            self._mean_places[basis.kind] = self.means.numel()
+            self.means = torch.cat([self.means, basis.mean.reshape(-1)])
+        return self._mean_places[basis.kind]
+
+    def _merge_text(self) -> None:
+        """Join a row's like segments of whole blocks (same kind, basis, mean) once there are `MERGE_AT` of them.
+
+        Retired text arrives in blocks of 64 tokens; without this the table would grow by one segment per block.
+        """
+        same = [KIND, RANK, BASIS_OFFSET, BASIS_STRIDE, MEAN_OFFSET]
+        merged = False
+        for row in range(self.batch):
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for s in range(self.table.shape[2]):
+                head = self.table[row, :, s]
+                if head[0, KIND] != Kind.EMPTY and head[0, LENGTH] % BLOCK == 0:
+                    groups.setdefault(tuple(head[:, same].reshape(-1).tolist()), []).append(s)
+            for members in groups.values():
+                if len(members) >= MERGE_AT:
+                    self._join(row, members)
+                    merged = True
+        if merged:
+            self._compact()
+
+    def _join(self, row: int, members: list[int]) -> None:
+        first = members[0]
+        key_start, value_start = self.keys.numel(), self.values.numel()
+        key_parts, value_parts = [], []
+        for h in range(self.heads):
+            starts = key_start + sum(map(len, key_parts)), value_start + sum(map(len, value_parts))
+            for s in members:
+                key, value = self._slices(self.table[row, h, s])
+                key_parts.append(self.keys[key])
+                value_parts.append(self.values[value])
+            entry = self.table[row, h, first]
+            entry[LENGTH] = self.table[row, h, members, LENGTH].sum()
+            entry[KEY_OFFSET], entry[VALUE_OFFSET] = starts
+        self.table[row, :, members[1:]] = 0
+        self.keys, self.values = torch.cat([self.keys, *key_parts]), torch.cat([self.values, *value_parts])
+
+    def _slices(self, entry: np.ndarray) -> tuple[slice, slice]:
+        """Pool ranges of one table entry."""
+        width = int(entry[RANK]) if entry[KIND] == Kind.CODED else self.dim
+        length = int(entry[LENGTH])
+        key, value = int(entry[KEY_OFFSET]), int(entry[VALUE_OFFSET])
+        return slice(key, key + pool_elements(length, width)), slice(value, value + pool_elements(length, self.dim))
+
+    def _compact(self) -> None:
+        """Drop pool ranges that no table entry names any more; entries that share a range go on sharing it."""
+        key_parts: dict[slice | tuple[int, int], int] = {}
+        keys, values = [], []
+        key_end = value_end = 0
+        value_parts: dict[tuple[int, int], int] = {}
+        for entry in self.table.reshape(-1, FIELDS):
+            if entry[KIND] == Kind.EMPTY:
+                continue
+            key, value = self._slices(entry)
+            if (key.start, key.stop) not in key_parts:
+                key_parts[key.start, key.stop] = key_end
+                keys.append(self.keys[key])
+                key_end += key.stop - key.start
+            if (value.start, value.stop) not in value_parts:
+                value_parts[value.start, value.stop] = value_end
+                values.append(self.values[value])
+                value_end += value.stop - value.start
+            entry[KEY_OFFSET], entry[VALUE_OFFSET] = key_parts[key.start, key.stop], value_parts[value.start, value.stop]
+        self.keys = torch.cat(keys) if keys else self._empty(0)
+        self.values = torch.cat(values) if values else self._empty(0)
+
+    # -- rows -----------------------------------------------------------------------------------------------------------------
+
+    def select_rows(self, rows: Iterable[int]) -> None:
+        """Keep these rows, in this order, repeats allowed (beams): segments stay shared, the window is copied."""
+        order = np.asarray(list(rows), dtype=np.int64)
+        index = torch.from_numpy(order).to(self.device)
+        self.table, self.fallback = self.table[order], self.fallback[order]
+        self.window_host = self.window_host[order]
+        self.window_keys, self.window_values = self.window_keys.index_select(0, index), self.window_values.index_select(0, index)
+        self.window_lengths = self.window_lengths.index_select(0, index)
+        self.table_on_device = None
+        self._view = None
+
+    # -- reading --------------------------------------------------------------------------------------------------------------
+
+    def view(self, splits: bool) -> CacheView:
+        """A snapshot for the backends; `splits` adds the Triton work list."""
+        if self._view is None or (splits and self._view.splits is None):
+            host = torch.from_numpy(np.ascontiguousarray(self.table))
+            if self.table_on_device is None:
+                self.table_on_device = host.to(self.device, copy=True)
+            plan = None
+            if splits:
+                processors = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 1
+                plan = plan_splits(
+                    host,
+                    window_capacity=self.window_keys.shape[2],
+                    head_dim=self.dim,
+                    itemsize=self.dtype.itemsize,
+                    num_programs=PROGRAMS_PER_MULTIPROCESSOR * processors,
+                    device=self.device,
+                )
+            self._view = CacheView(
+                table=self.table_on_device,
+                keys=self.keys,
+                values=self.values,
+                bases=self.bases,
+                means=self.means,
+                window_keys=self.window_keys,
+                window_values=self.window_values,
+                window_lengths=self.window_lengths,
+                splits=plan,
+            )
+        return self._view
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor this store keeps alive for its sequences; the artifact's shared bases are not among them."""
+        kept = {
+            "keys": self.keys,
+            "values": self.values,
+            "means": self.means,
+            "window_keys": self.window_keys,
+            "window_values": self.window_values,
+            "window_lengths": self.window_lengths,
+        }
+        if self.owns_bases:
+            kept["bases"] = self.bases
+        if self.table_on_device is not None:
+            kept["table"] = self.table_on_device
+        if self._view is not None and self._view.splits is not None:
+            kept["splits"], kept["ranges"] = self._view.splits.records, self._view.splits.ranges
+        return kept
+
+    def _regions(self) -> Iterator[np.ndarray]:
+        """Table entries, one per pool region: beams that share a segment count it once."""
+        seen = set()
+        for entry in self.table.reshape(-1, FIELDS):
+            if entry[KIND] != Kind.EMPTY and (place := int(entry[VALUE_OFFSET])) not in seen:
+                seen.add(place)
+                yield entry
+
+    def slack_elements(self) -> int:
+        """Stored numbers that belong to no token: block padding of the pools."""
+        return sum((-int(e[LENGTH]) % BLOCK) * ((int(e[RANK]) if e[KIND] == Kind.CODED else self.dim) + self.dim) for e in self._regions())
+
+    def dense_text_elements(self) -> int:
+        """Pool numbers of raw (dense) segments, padding included."""
+        return sum(2 * pool_elements(int(e[LENGTH]), self.dim) for e in self._regions() if e[KIND] == Kind.DENSE)
+
+    def coded_tokens(self) -> int:
+        """Tokens of coded segments over all rows, shared ones counted once."""
+        return sum(int(e[LENGTH]) for e in self._regions() if e[KIND] == Kind.CODED) // self.heads

@@ -1,0 +1,123 @@
+"""The model `tiny-llava-next`: a stock LlavaNextForConditionalGeneration and its processor, small enough to ship (20 MB in bf16)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+TILE, PATCH, PAGE = 160, 16, 320  # pixels; a patch of a page's tiles is one character cell
+SPECIAL = ("<pad>", "<unk>", "<eos>", "<|user|>", "<|assistant|>", "<image>")
+PAD, UNKNOWN, EOS, USER, ASSISTANT, IMAGE = range(len(SPECIAL))
+NEWLINE = len(SPECIAL)
+FIRST_CHARACTER = NEWLINE + 1  # token of a space; the printable ASCII characters follow in order
+VOCABULARY = FIRST_CHARACTER + 95
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|assistant|>' if message['role'] == 'assistant' else '<|user|>' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for item in message['content'] -%}
+{{- '<image>\\n' if item['type'] == 'image' else item['text'] -}}
+{%- endfor -%}
+{%- endif -%}
+{%- if message['role'] == 'assistant' -%}{{- '<eos>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character and newline; anything else is <unk>."""
+    vocabulary = {token: index for index, token in enumerate(SPECIAL)}
+    vocabulary["\n"] = NEWLINE
+    vocabulary.update({chr(32 + index): FIRST_CHARACTER + index for index in range(95)})
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<eos>",
+        extra_special_tokens={"image_token": "<image>", "user_token": "<|user|>", "assistant_token": "<|assistant|>"},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
+
+
+def build_processor() -> LlavaNextProcessor:
+    """Processor of 320 x 320 pages: base tile, 2 x 2 tiles, newline tokens; runs without torchvision."""
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": TILE},
+        crop_size={"height": TILE, "width": TILE},
+        image_grid_pinpoints=[[PAGE, PAGE]],
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaNextProcessor(
+        image_processor=image_processor,
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_config(
+    *,
+    hidden: int = 320,
+    layers: int = 6,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 128,
+    feed_forward: int = 768,
+    vision_hidden: int = 192,
+    vision_layers: int = 4,
+    vision_feed_forward: int = 576,
+) -> LlavaNextConfig:
+    """Geometry; the defaults are those of the bundled checkpoint."""
+    vision = CLIPVisionConfig(
+        image_size=TILE, patch_size=PATCH, hidden_size=vision_hidden, num_hidden_layers=vision_layers,
+        num_attention_heads=max(1, vision_hidden // 64), intermediate_size=vision_feed_forward,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=head_dim, intermediate_size=feed_forward, max_position_embeddings=4096,
+        pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlavaNextConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_grid_pinpoints=[[PAGE, PAGE]],
+        vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def build_model(config: LlavaNextConfig, seed: int = 0) -> LlavaNextForConditionalGeneration:
+    """The model with random fp32 weights."""
+    torch.manual_seed(seed)
+    model = LlavaNextForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, do_sample=False, max_new_tokens=16)
+    return model.float()
+
+
+def save_checkpoint(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
+    """Write model (in bf16) and processor to `folder`; `model` itself is cast."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    build_processor().save_pretrained(folder)
