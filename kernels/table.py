@@ -103,7 +103,7 @@ def plan_splits(
     window_capacity: int,
     head_dim: int,
     itemsize: int = 2,
-    num_programs: int = 528,
+    num_programs: int = 396,
     min_tokens: int = 256,
     device: torch.device | str | None = None,
 ) -> SplitPlan:
@@ -117,7 +117,7 @@ def plan_splits(
         table: int64 `[B, Hkv, Nseg, FIELDS]` on the CPU.
         window_capacity: C.
         itemsize: bytes per stored number.
-        num_programs: splits wanted over the whole layer; about 4 per multiprocessor, 528 suits an H100 (132).
+        num_programs: splits wanted over the whole layer; about 3 per multiprocessor, 396 suits an H100 (132).
         min_tokens: no split is shorter unless its segment is.
         device: where records and ranges go; default the CPU.
 

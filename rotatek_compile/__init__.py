@@ -1,0 +1,33 @@
+"""RotateK: compile a vision-language model's KV cache and decode straight from the compact form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .api import load
+    from .compiler import CompileOptions, compile_artifact
+    from .errors import ArtifactError, RotateKError, UsageError
+    from .runtime.enable import enable
+
+_PLACES = {
+    "load": "api",
+    "enable": "runtime.enable",
+    "CompileOptions": "compiler",
+    "compile_artifact": "compiler",
+    "RotateKError": "errors",
+    "UsageError": "errors",
+    "ArtifactError": "errors",
+}
+__all__ = ["ArtifactError", "CompileOptions", "RotateKError", "UsageError", "__version__", "compile_artifact", "enable", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # looked up on first use: importing the package must not import torch
+    if name in _PLACES:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,11 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,11 +26,12 @@ from torch import Tensor
 
 from ._version import __version__
 from .bases import BASES, MAX_CONDITION
-from .errors import ArtifactError, RotateKError
+from .errors import ArtifactError
 from .geometry import Geometry
+from .output import CONFIG_FILE
 
 FORMAT_VERSION = 1
-CONFIG_FILE, TENSOR_FILE, REPORT_FILE, CARD_FILE = "rotatek_config.json", "rotatek.safetensors", "report.json", "README.md"
+TENSOR_FILE, REPORT_FILE, CARD_FILE = "rotatek.safetensors", "report.json", "README.md"
 SPANS = ("visual", "all")
 ALLOCATIONS = ("allocated", "uniform")
 RANK_STEP = 8
@@ -92,47 +89,6 @@ def library_versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "safetensors": safetensors.__version__}
 
 
-@contextmanager
-def atomic_directory(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place only if the block succeeds.
-
-    Raises:
-        RotateKError: `target` exists and is not empty without `overwrite`, or cannot be written (disk full, no permission).
-    """
-    refuse_existing(target, overwrite)
-    staging: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        yield staging
-        staging.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        staging.replace(target)
-    except OSError as error:
-        raise RotateKError(f"could not write {target}: {error.strerror or error}; free space or choose another --output") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Refuse a target that would be lost.
-
-    An existing artifact is replaced with `overwrite`; a directory that is no artifact never is.
-    """
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise RotateKError(f"{target} is a file; choose another --output")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise RotateKError(f"{target} is not empty; pass --overwrite to replace it, or choose another --output")
-    if not (target / CONFIG_FILE).is_file():
-        raise RotateKError(f"{target} holds no {CONFIG_FILE}, so --overwrite will not delete it; choose another --output")
-
-
 def write_artifact(artifact: Artifact, directory: Path, card: str) -> None:
     """Write the artifact's own four files into an existing (staging) directory.
 
@@ -173,25 +129,26 @@ def read_artifact(path: str | Path) -> Artifact:
     version = config.get("format_version")
     if not isinstance(version, int):
         raise ArtifactError(f"{path / CONFIG_FILE}: format_version is {version!r}, not a whole number; compile the artifact again")
+    if version < 1:
+        raise ArtifactError(f"{path / CONFIG_FILE}: format_version is {version}, the first one is 1; compile the artifact again")
     if version > FORMAT_VERSION:
         raise ArtifactError(f"{path / CONFIG_FILE}: format_version {version} is newer than {FORMAT_VERSION}; upgrade rotatek-compile")
     known = {"format_version", "tool", "base_model", "geometry", "rotatek", "calibration", "libraries", "files"}
     if unknown := sorted(set(config) - known):
         warnings.warn(f"{path / CONFIG_FILE}: ignoring unknown keys {', '.join(unknown)}", stacklevel=2)
-    try:
-        geometry = Geometry.from_json(config["geometry"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path / CONFIG_FILE}: section geometry is damaged ({error!r}); compile the artifact again") from error
-    if not geometry.compressible:
-        raise ArtifactError(f"{path / CONFIG_FILE}: geometry lists no full_attention layer; compile the artifact again")
+    geometry = _read_geometry(path, config.get("geometry"))
     method = _read_method(path, config.get("rotatek"))
     for section in ("base_model", "calibration", "files"):
         if not isinstance(config.get(section), dict):
             raise ArtifactError(f"{path / CONFIG_FILE}: section {section} is missing; compile the artifact again")
+    for key, kinds in (("id", str), ("revision", (str, type(None))), ("fingerprint", (str, type(None)))):
+        if not isinstance(seen := config["base_model"].get(key), kinds):
+            raise ArtifactError(f"{path / CONFIG_FILE}: base_model.{key} is {seen!r}, expected text; compile the artifact again")
     tensors = _read_tensors(path, config["files"])
     _check_tensors(path / TENSOR_FILE, tensors, geometry, method)
     report = _read_json(path, REPORT_FILE) if (path / REPORT_FILE).is_file() else {}
-    libraries = config.get("libraries") if isinstance(config.get("libraries"), dict) else {}
+    libraries: Any = config.get("libraries")
+    libraries = libraries if isinstance(libraries, dict) else {}
     return Artifact(geometry, method, tensors, config["base_model"], config["calibration"], report, libraries, path)
 
 
@@ -214,11 +171,29 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         raise ArtifactError(f"{path} is no artifact: it has no {name}; make one with rotatek-compile")
     try:
         data = json.loads((path / name).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ArtifactError(f"{path / name} is not readable JSON ({error}); compile the artifact again") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{path / name} holds a {type(data).__name__}, expected an object; compile the artifact again")
     return data
+
+
+def _read_geometry(path: Path, data: Any) -> Geometry:
+    where, again = f"{path / CONFIG_FILE}: section geometry", "compile the artifact again"
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{where} is missing; {again}")
+    try:
+        geometry = Geometry.from_json(data)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ArtifactError(f"{where} is damaged ({error!r}); {again}") from error
+    if not geometry.compressible:
+        raise ArtifactError(f"{where} lists no full_attention layer; {again}")
+    for index, layer in enumerate(geometry.layers):
+        least = min(layer.query_heads, layer.kv_heads, layer.head_dim)
+        if least < 1 or layer.query_heads % layer.kv_heads or (index in geometry.compressible and layer.head_dim % RANK_STEP):
+            sizes = f"{layer.query_heads} query heads, {layer.kv_heads} KV heads and head_dim {layer.head_dim}"
+            raise ArtifactError(f"{where}: layer {index} has {sizes}, which no model has; {again}")
+    return geometry
 
 
 def _read_method(path: Path, data: Any) -> Method:
@@ -239,11 +214,11 @@ def _read_method(path: Path, data: Any) -> Method:
             ("key_bits", method.key_bits == "native"),
             ("value_bits", method.value_bits == "native"),
             ("window", isinstance(method.window, int) and method.window >= 1),
-            ("keep_ratio", 0 <= float(method.keep_ratio) <= 1),
+            ("keep_ratio", isinstance(method.keep_ratio, (int, float)) and 0 <= method.keep_ratio <= 1),
             ("prior_tokens", isinstance(method.prior_tokens, int) and method.prior_tokens >= 0),
-            ("fallback_factor", float(method.fallback_factor) >= 0),
+            ("fallback_factor", isinstance(method.fallback_factor, (int, float)) and method.fallback_factor >= 0),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{where} is damaged ({error}); compile the artifact again") from error
     for name, good in checks:
         if not good:
@@ -269,6 +244,10 @@ def _read_tensors(path: Path, files: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _check_tensors(file: Path, tensors: dict[str, Tensor], geometry: Geometry, method: Method) -> None:
     again = "compile the artifact again"
     for i in geometry.compressible:
@@ -284,13 +263,16 @@ def _check_tensors(file: Path, tensors: dict[str, Tensor], geometry: Geometry, m
                 raise ArtifactError(f"{file}: tensor {name} is missing; {again}")
             if tuple(tensor.shape) != shape:
                 raise ArtifactError(f"{file}: tensor {name} has shape {list(tensor.shape)}, the geometry wants {list(shape)}; {again}")
+            wanted = (torch.int32, torch.int64) if name.endswith("key_rank") else (torch.float32,)
+            if tensor.dtype not in wanted:
+                raise ArtifactError(f"{file}: tensor {name} is {_short(tensor.dtype)}, expected {_short(wanted[0])}; {again}")
             if not bool(torch.isfinite(tensor).all()):
                 raise ArtifactError(f"{file}: tensor {name} holds NaN or infinity; {again}")
             if name.endswith("_spectrum") and bool((tensor < 0).any()):
                 raise ArtifactError(f"{file}: tensor {name} has a negative entry ({float(tensor.min()):.3g}); {again}")
             if name.endswith("_encode"):
                 singular = torch.linalg.svdvals(tensor.double())
-                condition = float((singular[..., 0] / singular[..., -1].clamp_min(1e-300)).max())
+                condition = float((singular[..., 0] / singular[..., -1]).nan_to_num(torch.inf, torch.inf).max())  # 0 / 0 for all zeros
                 # one part in a thousand for the rounding to float32
                 if not condition <= MAX_CONDITION * 1.001:
                     raise ArtifactError(f"{file}: tensor {name} is not safely invertible (condition {condition:.3g} > 1e4); {again}")

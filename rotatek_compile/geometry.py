@@ -70,10 +70,11 @@ class Geometry:
         """First difference to `other` that makes artifacts of one unusable on the other, in words; None if equal."""
         if len(self.layers) != len(other.layers):
             return f"{len(self.layers)} text layers against {len(other.layers)}"
+        words = {"layer_type": "type", "query_heads": "query heads", "kv_heads": "KV heads", "head_dim": "head_dim"}
         for index, (a, b) in enumerate(zip(self.layers, other.layers, strict=True)):
-            for field, words in (("layer_type", "type"), ("query_heads", "query heads"), ("kv_heads", "KV heads"), ("head_dim", "head_dim")):
+            for field, word in words.items():
                 if getattr(a, field) != getattr(b, field):
-                    return f"layer {index} has {words} {getattr(a, field)} against {getattr(b, field)}"
+                    return f"layer {index} has {word} {getattr(a, field)} against {getattr(b, field)}"
         if set(self.visual_token_ids) != set(other.visual_token_ids):
             return f"image token ids {list(self.visual_token_ids)} against {list(other.visual_token_ids)}"
         return None

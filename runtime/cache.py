@@ -91,6 +91,7 @@ class RotateKLayer(CacheLayerMixin):
         super().__init__()
         self.index, self.artifact, self.state, self.backend = index, artifact, state, backend
         self.logical_length = 0
+        self.tail = 0  # newest columns that are text in every row: those a caller may crop while they are raw
         self.store: Store = None  # type: ignore[assignment]
         self.prepared: PreparedLayer = None  # type: ignore[assignment]
 
@@ -118,6 +119,7 @@ class RotateKLayer(CacheLayerMixin):
         self.logical_length += length
         if appended:
             self.store.append_window(key_states, value_states)
+            self.tail += length
         handle = Handle(self, step, key_states, value_states, appended)
         return handle, handle
 
@@ -144,6 +146,7 @@ class RotateKLayer(CacheLayerMixin):
                 text_keys, text_values = text_keys[:, old:], text_values[:, old:]
             self.store.append_row(row, text_keys, text_values)
         self.store.flush()
+        self.tail = self.tail + step.length if step.plain_text else step.text_tail()
 
     def _code(self, row: int, kind: str, keys: Tensor, values: Tensor, query: Tensor) -> None:
         prepared, method = self.prepared, self.prepared.method
@@ -204,13 +207,16 @@ class RotateKLayer(CacheLayerMixin):
         remove = -max_length if max_length <= 0 else max(self.logical_length - max_length, 0)
         if remove == 0 or not self.is_initialized:
             return
-        if remove > int(self.store.window_host.min()):
+        # the window alone does not tell: it also holds text from before an image, which is not the newest
+        raw = min(self.tail, int(self.store.window_host.min()))
+        if remove > raw:
             raise RotateKError(
-                f"cannot remove {remove} tokens: only the newest {int(self.store.window_host.min())} are still raw; "
+                f"cannot remove {remove} tokens: only the newest {raw} are still raw text; "
                 "start a new cache, or compile with a larger --window"
             )
         self.store.trim_window(remove)
         self.logical_length -= remove
+        self.tail -= remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
@@ -225,7 +231,7 @@ class RotateKLayer(CacheLayerMixin):
             self.store.select_rows(indices.tolist())
 
     def reset(self) -> None:
-        self.logical_length, self.is_initialized = 0, False
+        self.logical_length, self.tail, self.is_initialized = 0, 0, False
         self.store = None  # type: ignore[assignment]
 
     def offload(self) -> None:
@@ -244,7 +250,9 @@ class RotateKCache(Cache):
         self.state = CallState()
         self.artifact = artifact
         layers: list[CacheLayerMixin] = []
-        for index, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
+        # transformers 5.17 returns one dict for all layers, 5.23 one for each
+        per_layer = [kwargs] * len(types) if isinstance(kwargs, dict) else kwargs
+        for index, (kind, options) in enumerate(zip(types, per_layer, strict=True)):
             if kind == FULL_ATTENTION:
                 layers.append(RotateKLayer(index, artifact, self.state, backend))
             else:

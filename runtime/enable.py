@@ -14,6 +14,7 @@ from torch import nn
 from ..artifact import Artifact, read_artifact
 from ..errors import RotateKError
 from ..geometry import geometry_of
+from ..text_attention import set_text_attention
 from .attention import NAME, register
 from .backends import Backend, choose_backend
 from .cache import RotateKCache
@@ -21,6 +22,7 @@ from .prepared import PreparedArtifact
 from .segments import read_step
 
 _ACTIVE = "_rotatek_enabled"
+MEDIA = ("pixel_values", "image_embeds", "video_embeds")  # how arguments of `forward` that carry images begin
 
 
 class enable:  # noqa: N801 - used like a function: `with enable(model, artifact): ...`
@@ -61,7 +63,7 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         register()
         self._text = model.config.get_text_config(decoder=True)
         self._saved_implementation = self._text._attn_implementation
-        _set_text_attention(model, NAME)
+        set_text_attention(model, NAME)
         self._saved_attributes = {k: model.__dict__.get(k) for k in ("forward", "_prepare_cache_for_generation")}
         # instance attributes shadow the class's methods, and deleting them brings those back
         model.forward = self._wrap_forward(model.forward)  # type: ignore[method-assign]
@@ -79,7 +81,7 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
                 model.__dict__.pop(name, None)
             else:
                 setattr(model, name, value)
-        _set_text_attention(model, self._saved_implementation)
+        set_text_attention(model, self._saved_implementation)
         delattr(model, _ACTIVE)
 
     def __enter__(self) -> enable:
@@ -102,7 +104,10 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             ids, embeds = bound.get("input_ids"), bound.get("inputs_embeds")
             shape = tuple(ids.shape) if ids is not None else tuple(embeds.shape[:2])
             types = bound.get("mm_token_type_ids", extra.get("mm_token_type_ids"))
-            cache.state.step = read_step(ids, bound.get("attention_mask"), types, visual, shape)
+            # a continuation without media embeds placeholders as text: prompt lookup proposes such tokens, and crops them again
+            media = any(name.startswith(MEDIA) and value is not None for name, value in {**extra, **bound}.items())
+            marked = visual if media or cache.get_seq_length() == 0 else ()
+            cache.state.step = read_step(ids, bound.get("attention_mask"), types, marked, shape)
             try:
                 return forward(*args, **kwargs)
             finally:
@@ -136,20 +141,6 @@ def check_model(model: nn.Module, artifact: Artifact) -> None:
     seen, expected = geometry.model_type, artifact.geometry.model_type
     if seen != expected:
         warnings.warn(f"the artifact was compiled for model type {expected}, this is {seen} of the same geometry", stacklevel=3)
-
-
-def _set_text_attention(model: nn.Module, implementation: str) -> None:
-    """Set the attention implementation of the text sub-config only; the vision tower keeps its own."""
-    text = model.config.get_text_config(decoder=True)
-    if text is model.config:
-        model.set_attn_implementation(implementation)
-    else:
-        key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text), None)
-        if key is None:
-            raise RotateKError(f"model type {model.config.model_type!r} hides its text config; it is not supported")
-        model.set_attn_implementation({key: implementation})
-    if text._attn_implementation != implementation:
-        raise RotateKError(f"{type(model).__name__} did not accept the attention function {implementation!r}; it is not supported")
 
 
 def _without_fallback(artifact: Artifact) -> Artifact:

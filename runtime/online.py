@@ -84,8 +84,8 @@ def code_segment(
     z = (keys - mean.unsqueeze(1)) @ basis.encode
     observed = z.mT @ z / tokens
     energy = observed.diagonal(dim1=-2, dim2=-1)  # [H, D] per calibrated direction
-    top = max(ranks)
-    directions = corrected_directions(observed, basis.spectrum, tokens, prior_tokens, top) if 0 < top < dim else None
+    top = max((rank for rank in ranks if rank < dim), default=0)
+    directions = corrected_directions(observed, basis.spectrum, tokens, prior_tokens, top) if top else None
     if directions is not None:
         captured = ((observed @ directions) * directions).sum(-2)  # [H, top], energy of each corrected direction
         kept_online = captured.cumsum(-1)

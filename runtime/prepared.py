@@ -61,6 +61,9 @@ class PreparedArtifact:
         self.artifact = artifact
         self._layers: dict[tuple[int, torch.device, torch.dtype], PreparedLayer] = {}
 
+    def __deepcopy__(self, memo: dict[int, object]) -> PreparedArtifact:
+        return self  # a copied cache goes on sharing the artifact
+
     def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> PreparedLayer:
         key = (index, device, dtype)
         if key not in self._layers:

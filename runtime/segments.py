@@ -38,6 +38,11 @@ class Step:
         """Every row is one text run over all columns: tokens can be appended to the window as they come."""
         return all(len(row) == 1 and row[0].kind == TEXT and row[0].length == self.length for row in self.rows)
 
+    def text_tail(self) -> int:
+        """Columns at the end of the call that are text in every row."""
+        ends = [row[-1] if row else Run(0, 0, PAD) for row in self.rows]
+        return min(run.length if run.kind == TEXT and run.end == self.length else 0 for run in ends)
+
     def text_columns(self, row: int) -> np.ndarray:
         """Columns of this row's text tokens, in order."""
         parts = [np.arange(run.start, run.end) for run in self.rows[row] if run.kind == TEXT]

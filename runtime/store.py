@@ -29,7 +29,7 @@ from .prepared import KindBasis
 
 WINDOW_STEP = 32  # tokens by which the window's buffer grows
 MERGE_AT = 8  # retired text blocks of one row are merged when there are this many
-PROGRAMS_PER_MULTIPROCESSOR = 4
+PROGRAMS_PER_MULTIPROCESSOR = 3
 
 
 class Store:
@@ -211,22 +211,30 @@ class Store:
         Retired text arrives in blocks of 64 tokens; without this the table would grow by one segment per block.
         """
         same = [KIND, RANK, BASIS_OFFSET, BASIS_STRIDE, MEAN_OFFSET]
-        merged = False
+        joined: dict[bytes, np.ndarray] = {}  # rows that share blocks (beams) go on sharing what becomes of them
+        owners: dict[int, tuple[int, ...]] = {}
+        for row, place in zip(*np.nonzero(self.table[:, 0, :, KIND] != Kind.EMPTY), strict=True):
+            offset = int(self.table[row, 0, place, VALUE_OFFSET])
+            owners[offset] = (*owners.get(offset, ()), int(row))
         for row in range(self.batch):
             groups: dict[tuple[int, ...], list[int]] = {}
             for s in range(self.table.shape[2]):
                 head = self.table[row, :, s]
                 if head[0, KIND] != Kind.EMPTY and head[0, LENGTH] % BLOCK == 0:
-                    groups.setdefault(tuple(head[:, same].reshape(-1).tolist()), []).append(s)
+                    like = (*head[:, same].reshape(-1).tolist(), *owners[int(head[0, VALUE_OFFSET])])
+                    groups.setdefault(like, []).append(s)
             for members in groups.values():
                 if len(members) >= MERGE_AT:
-                    self._join(row, members)
-                    merged = True
-        if merged:
+                    blocks = self.table[row][:, members].tobytes()
+                    if blocks not in joined:
+                        joined[blocks] = self._join(row, members)
+                    self.table[row, :, members[0]], self.table[row, :, members[1:]] = joined[blocks], 0
+        if joined:
             self._compact()
 
-    def _join(self, row: int, members: list[int]) -> None:
-        first = members[0]
+    def _join(self, row: int, members: list[int]) -> np.ndarray:
+        """Copy the members of every head one after another; returns the table entries [Hkv, FIELDS] of what they became."""
+        entries = self.table[row, :, members[0]].copy()
         key_start, value_start = self.keys.numel(), self.values.numel()
         key_parts, value_parts = [], []
         for h in range(self.heads):
@@ -235,11 +243,11 @@ class Store:
                 key, value = self._slices(self.table[row, h, s])
                 key_parts.append(self.keys[key])
                 value_parts.append(self.values[value])
-            entry = self.table[row, h, first]
+            entry = entries[h]
             entry[LENGTH] = self.table[row, h, members, LENGTH].sum()
             entry[KEY_OFFSET], entry[VALUE_OFFSET] = starts
-        self.table[row, :, members[1:]] = 0
         self.keys, self.values = torch.cat([self.keys, *key_parts]), torch.cat([self.values, *value_parts])
+        return entries
 
     def _slices(self, entry: np.ndarray) -> tuple[slice, slice]:
         """Pool ranges of one table entry."""

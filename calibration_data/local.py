@@ -1,0 +1,139 @@
+"""Local data: parquet, JSONL or CSV with columns `question`, `answers` or `answer`, and `image` or `images`."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .errors import DataError
+from .sample import Sample
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalData:
+    """Rows of local files; image paths in them are relative to `folder`."""
+
+    path: Path
+    folder: Path
+    rows: Any  # datasets.Dataset
+    digest: str
+
+    def read(self, count: int) -> Iterator[Sample]:
+        """At most `count` samples.
+
+        Raises:
+            DataError: an image that does not open, or a row without a question.
+        """
+        for number in range(min(count, len(self.rows))):
+            yield self._sample(number, self.rows[number])
+
+    def _sample(self, number: int, row: dict[str, Any]) -> Sample:
+        where = f"{self.path} row {number}"
+        question = row["question"]
+        if not isinstance(question, str) or not question.strip():
+            raise DataError(f"{where}: the question is {question!r}, expected text; remove the row or fill it in")
+        answers = row["answers"] if row.get("answers") is not None else row.get("answer")
+        answers = [answers] if isinstance(answers, (str, int, float)) else list(answers or [])
+        images = row["images"] if row.get("images") is not None else row.get("image")
+        images = list(images) if isinstance(images, (list, tuple)) else [images] if images is not None else []
+        opened = tuple(self._image(where, image) for image in images)
+        # pictures lie outside the data file, so its digest does not cover them; the id does
+        content = hashlib.sha256()
+        for page in opened:
+            content.update(f"{page.size}".encode() + page.tobytes())
+        name = f"{self.path.name}/{number}-{content.hexdigest()[:12]}"
+        return Sample(id=name, images=opened, question=question, answers=tuple(str(a) for a in answers))
+
+    def _image(self, where: str, value: Any) -> Image.Image:
+        if isinstance(value, Image.Image):
+            return value.convert("RGB")
+        if isinstance(value, dict) and value.get("bytes"):
+            return open_image(io.BytesIO(value["bytes"]), f"{where}: image bytes")
+        name = value.get("path") if isinstance(value, dict) else value
+        if not isinstance(name, str):
+            raise DataError(f"{where}: image is a {type(value).__name__}, expected a path or an image; check the column")
+        file = self.folder / name
+        return open_image(file, f"{where}: image {file}")
+
+
+def open_image(source: Any, where: str) -> Image.Image:
+    """Open an image file or stream as RGB, fully decoded.
+
+    Raises:
+        DataError: missing, damaged or no image.
+    """
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"{where} does not exist; check the path") from error
+    except Exception as error:  # damaged files make Pillow's readers raise struct.error, zlib.error, IndexError and more
+        raise DataError(f"{where} does not open as an image ({error}); replace or remove it") from error
+
+
+def open_local(path: Path) -> LocalData:
+    """Open one data file, or a folder that holds some.
+
+    Raises:
+        DataError: no data file, unreadable, no rows, or columns missing.
+    """
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in BUILDERS)
+    suffixes = {f.suffix for f in files}
+    if not files or not suffixes <= BUILDERS.keys():
+        raise DataError(f"{path} holds no data file; expected one of {', '.join(sorted(BUILDERS))}")
+    if len(suffixes) > 1:
+        raise DataError(f"{path} mixes {', '.join(sorted(suffixes))} files; keep one kind in the folder, or pass one file")
+    folder = path if path.is_dir() else path.parent
+    from datasets import Dataset, Features, load_dataset
+    from datasets.utils import logging
+
+    logging.disable_progress_bar()
+    loudness = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it logs comes back as the error below
+    builder = BUILDERS[files[0].suffix]
+    try:
+        # escaped: datasets takes names for glob patterns
+        rows = load_dataset(builder, data_files=[glob.escape(str(f.resolve())) for f in files], split="train")
+    except Exception as error:  # its readers raise what their parsers raise, and StopIteration for an empty file
+        reason = (str(error.__cause__ or error).splitlines() or ["it is empty"])[0]
+        if "corresponds to no data" in reason:
+            raise DataError(f"{path} holds no rows; add samples with question, answers and image") from error
+        raise DataError(f"{path} could not be read as {builder} ({reason}); check the file") from error
+    finally:
+        logging.set_verbosity(loudness)
+    assert isinstance(rows, Dataset)
+    columns = set(rows.column_names)
+    wanted = {"question": {"question"}, "answers (or answer)": {"answers", "answer"}, "image (or images)": {"image", "images"}}
+    lacking = [words for words, names in wanted.items() if not names & columns]
+    if lacking:
+        raise DataError(f"{path} has no column {', '.join(lacking)}; it has {', '.join(sorted(columns)) or 'none'}; rename or add them")
+    if not len(rows):
+        raise DataError(f"{path} holds no rows; add samples with question, answers and image")
+    # images are decoded row by row here, so that a broken one is reported with its row
+    undecoded = Features({name: _undecoded(feature) for name, feature in rows.features.items()})
+    rows = rows.cast(undecoded) if undecoded != rows.features else rows
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return LocalData(path, folder, rows, digest.hexdigest()[:16])
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with images left as bytes and path, also inside lists."""
+    from datasets import Image as ImageFeature
+    from datasets import LargeList, List
+
+    if isinstance(feature, ImageFeature):
+        return ImageFeature(decode=False)
+    if isinstance(feature, (List, LargeList)):
+        return type(feature)(_undecoded(feature.feature))
+    return feature

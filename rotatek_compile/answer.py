@@ -1,0 +1,93 @@
+"""Answer one prompt with `model.generate`, timed and with the cache's bytes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import TextStreamer
+
+from .batches import prompt_text
+from .runtime.accounting import CacheBytes, cache_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One generated answer; prefill ends with the first token."""
+
+    text: str
+    new_tokens: int
+    bytes: CacheBytes
+    seconds_prefill: float
+    seconds_decode: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "new_tokens": self.new_tokens,
+            "kv_bytes": self.bytes.total,
+            "kv_bytes_dense": self.bytes.dense,
+            "seconds_prefill": self.seconds_prefill,
+            "seconds_decode": self.seconds_decode,
+            "bytes": asdict(self.bytes),
+        }
+
+
+class _Clock(TextStreamer):
+    """Notes when the first token arrives, and prints text as it comes if asked to."""
+
+    def __init__(self, tokenizer: Any, show: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show, self.first, self.puts = show, 0.0, 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.puts += 1
+        if self.puts == 2:  # the first call is the prompt
+            self.first = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.show:
+            super().on_finalized_text(text, stream_end)
+
+
+def answer_once(
+    model: Any, processor: Any, images: list[Image.Image], prompt: str, max_new_tokens: int, stream: bool
+) -> Answer:
+    """Greedy answer through plain `generate`, with whatever cache the model is set to use."""
+    inputs = processor(text=[prompt_text(processor, len(images), prompt)], images=images or None, return_tensors="pt").to(model.device)
+    for name, tensor in inputs.items():
+        if tensor.is_floating_point():
+            inputs[name] = tensor.to(model.dtype)
+    clock = _Clock(processor.tokenizer, stream)
+    start = time.perf_counter()
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock, return_dict_in_generate=True)
+    end = time.perf_counter()
+    ids = out.sequences[0, inputs["input_ids"].shape[1] :]
+    cached = inputs["input_ids"].shape[1] + len(ids) - 1  # the last token is never fed back
+    return Answer(
+        text=processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        new_tokens=len(ids),
+        bytes=cache_bytes(out.past_key_values, cached),
+        seconds_prefill=clock.first - start,
+        seconds_decode=end - clock.first,
+    )
+
+
+def comparison(result: Answer, dense: Answer | None) -> str:
+    """Bytes and times in words; both answers side by side when there are two."""
+    if dense is None:
+        return (
+            f"[{result.bytes.total:,} bytes of KV cache, dense {result.bytes.dense:,}; "
+            f"prefill {result.seconds_prefill:.2f} s, decode {result.seconds_decode:.2f} s]"
+        )
+    rows = [("", "compressed", "dense"), ("answer", result.text, dense.text)]
+    rows.append(("KV bytes", f"{result.bytes.total:,}", f"{dense.bytes.total:,}"))
+    rows.append(("allocated", f"{result.bytes.stored:,}", f"{dense.bytes.stored:,}"))
+    rows.append(("prefill s", f"{result.seconds_prefill:.2f}", f"{dense.seconds_prefill:.2f}"))
+    rows.append(("decode s", f"{result.seconds_decode:.2f}", f"{dense.seconds_decode:.2f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,217 @@
+"""The calibration pass: stream documents through the model once and sum moments in a registered attention function.
+
+No activation is kept: each layer's q, k, v are reduced to sums where attention is computed, then go on to the stock kernel.
+Progress is saved in a cache directory, so a killed run resumes and another budget needs no second pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .batches import Encoded, merge_media, pad, position_ids
+from .errors import RotateKError
+from .geometry import Geometry
+from .moments import Moments
+from .text_attention import set_text_attention
+
+NAME = "rotatek_calibrate"
+SAVE_SECONDS = 20.0
+
+
+class Collector:
+    """What the attention function reads and writes during one batch; one is active at a time."""
+
+    def __init__(self, geometry: Geometry, moments: Moments) -> None:
+        self.geometry, self.moments = geometry, moments
+        self.visual: Tensor = torch.empty(0)  # bool [B, T]
+        self.real: Tensor = torch.empty(0)
+        self.readers: Tensor = torch.empty(0)  # question and answer tokens after the last image
+
+    def collect(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """Add one layer's batch: query [B, Hq, T, D], key and value [B, Hkv, T, D]."""
+        layer = getattr(module, "layer_idx", None)
+        if layer not in self.geometry.compressible or key.shape[2] != self.real.shape[1]:
+            return
+        if f"{layer}.output_gram" not in self.moments.sums:
+            self.moments.add(f"{layer}.output_gram", output_gram(module, self.geometry.layers[layer]))
+        for b in range(query.shape[0]):
+            for columns in _image_columns(self.visual[b]):
+                self.moments.add_segment(layer, "visual", key[b, :, columns], value[b, :, columns])
+            text = self.real[b] & ~self.visual[b]
+            if bool(text.any()):
+                self.moments.add_segment(layer, "text", key[b, :, text], value[b, :, text])
+            if bool(self.readers[b].any()):
+                self.moments.add_queries(layer, query[b, :, self.readers[b]].unflatten(0, (key.shape[1], -1)), scaling)
+
+
+_active: Collector | None = None
+
+
+def _calibrating_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if _active is not None:
+        _active.collect(module, query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+@contextmanager
+def collecting(model: Any, collector: Collector) -> Any:
+    """Route the text model's attention through the collector, and back."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    global _active
+    AttentionInterface.register(NAME, _calibrating_attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    before = model.config.get_text_config(decoder=True)._attn_implementation
+    set_text_attention(model, NAME)
+    _active = collector
+    try:
+        yield
+    finally:
+        _active = None
+        set_text_attention(model, before)
+
+
+def calibrate(
+    model: Any, items: Sequence[Encoded], geometry: Geometry, store: MomentStore, batch_size: int, resume: bool, pad_id: int, quiet: bool
+) -> Moments:
+    """Moments of all items; finished or (with `resume`) partial earlier sums are continued.
+
+    Raises:
+        RotateKError: interrupted (after saving what was done), or the statistics are unusable.
+    """
+    moments = store.load()
+    if moments.documents < len(items) and not resume:
+        moments = Moments()
+    if moments.documents > len(items):
+        raise RotateKError(f"the saved moments in {store.file} cover {moments.documents} documents, not {len(items)}; delete that file")
+    collector = Collector(geometry, moments)
+    device, dtype = next(model.parameters()).device, model.dtype
+    saved, whole = time.monotonic(), Moments(dict(moments.sums), moments.documents)
+    bar = tqdm(total=len(items), initial=moments.documents, desc="moments", unit="doc", disable=None if not quiet else True, leave=False)
+    try:
+        with bar, collecting(model, collector), torch.inference_mode():
+            while moments.documents < len(items):
+                batch = items[moments.documents : moments.documents + batch_size]
+                run_batch(model, batch, collector, pad_id, device, dtype)
+                moments.documents += len(batch)
+                bar.update(len(batch))
+                whole = Moments(dict(moments.sums), moments.documents)  # adding never changes a tensor in place
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    store.save(moments)
+                    saved = time.monotonic()
+    except KeyboardInterrupt:
+        store.save(whole)  # a batch cut short would count layers unevenly
+        raise RotateKError(
+            f"interrupted; {whole.documents} of {len(items)} documents are saved, run the same command with --resume to go on"
+        ) from None
+    store.save(moments)
+    return moments
+
+
+def run_batch(model: Any, batch: Sequence[Encoded], collector: Collector, pad_id: int, device: torch.device, dtype: torch.dtype) -> None:
+    """One forward pass over prompts with their reference answers."""
+    chunk = pad([item.prompt + item.answer for item in batch], pad_id)
+    length = chunk.ids.shape[1]
+    collector.real = chunk.mask.bool().to(device)
+    visual = torch.zeros_like(chunk.ids, dtype=torch.bool)
+    for token in collector.geometry.visual_token_ids:
+        visual |= chunk.ids == token
+    readers = torch.zeros_like(visual)
+    for row, item in enumerate(batch):
+        readers[row, length - len(item.prompt) - len(item.answer) + item.visual_end :] = True
+    collector.visual, collector.readers = (visual & chunk.mask.bool()).to(device), readers.to(device)
+    mask = chunk.mask.to(device)
+    model(
+        input_ids=chunk.ids.to(device),
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=False,
+        logits_to_keep=1,
+        **merge_media(batch, device, dtype),
+    )
+
+
+def output_gram(module: nn.Module, shape: Any) -> Tensor:
+    """Σ over the group of W_oᵀ W_o [Hkv, D, D] of an attention module; the identity if its output projection is not a plain matrix."""
+    heads, group, dim = shape.kv_heads, shape.group, shape.head_dim
+    for name in ("o_proj", "out_proj", "dense"):
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape[-1] == heads * group * dim:
+            per_head = weight.detach().float().unflatten(1, (heads, group, dim))  # [hidden, Hkv, G, D]
+            return torch.einsum("ohgd,ohge->hde", per_head, per_head)
+    return torch.eye(dim).expand(heads, dim, dim).clone()
+
+
+def _image_columns(visual: Tensor) -> list[slice]:
+    """Runs of image tokens in one row, bool [T]."""
+    columns = visual.nonzero().flatten().tolist()
+    runs: list[slice] = []
+    for column in columns:
+        if runs and runs[-1].stop == column:
+            runs[-1] = slice(runs[-1].start, column + 1)
+        else:
+            runs.append(slice(column, column + 1))
+    return runs
+
+
+class MomentStore:
+    """Saved moments of one (model, data, options), in the user's cache directory."""
+
+    def __init__(self, key: dict[str, Any], directory: Path | None = None) -> None:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        self.file = (directory or cache_directory()) / f"moments-{digest}.safetensors"
+
+    def load(self) -> Moments:
+        """What was saved, or empty moments; a damaged file counts as nothing saved."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self.file.is_file():
+            return Moments()
+        try:
+            with safe_open(self.file, "pt") as stored:
+                sums = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - safe_open is no mapping
+                return Moments(sums, int((stored.metadata() or {}).get("documents", 0)))
+        except (SafetensorError, OSError, ValueError):
+            return Moments()
+
+    def save(self, moments: Moments) -> None:
+        """Write atomically.
+
+        Raises:
+            RotateKError: the cache directory cannot be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(moments.sums, temporary, metadata={"documents": str(moments.documents)})
+            temporary.replace(self.file)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):  # where even deleting fails, the first error is the one to tell
+                temporary.unlink(missing_ok=True)
+            raise RotateKError(f"could not save moments to {self.file}: {error}; free space or set ROTATEK_CACHE") from error
+
+
+def cache_directory() -> Path:
+    """ROTATEK_CACHE, or `rotatek` in the user's cache directory."""
+    if chosen := os.environ.get("ROTATEK_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotatek"

@@ -1,0 +1,90 @@
+"""rotatek-compile: checkpoint and calibration data in, artifact out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import UsageError
+
+
+@click.command("compile", help="Compile MODEL's KV cache on calibration data and write an artifact.")
+@click.option("--model", help="Alias, local directory or Hub id; see --list-models.")
+@click.option("--calib", help="Data set name or local path; see --list-data.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact directory. Default: artifacts/MODEL-CALIB.")
+@click.option("--keep-ratio", type=float, default=0.25, show_default=True, help="Fraction of Key directions kept, mean over heads.")
+@click.option("--basis", default="two-sided", show_default=True, help="two-sided, pca or paper.")
+@click.option("--allocation", default="allocated", show_default=True, help="allocated (by measured KL) or uniform ranks.")
+@click.option("--span", default="visual", show_default=True, help="What is coded: visual, or all (old text too).")
+@click.option("--window", type=int, default=128, show_default=True, help="Newest text tokens kept raw.")
+@click.option("--num-samples", type=int, default=64, show_default=True, help="Calibration documents; an eighth is kept for checking.")
+@click.option("--batch-size", type=int, default=4, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--dtype", help="float32, float16 or bfloat16. Default: the checkpoint's on a GPU, float32 on a CPU.")
+@click.option("--device", help="cpu, cuda or cuda:N. Default: a GPU if there is one.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--trust-remote-code", is_flag=True, help="Let a Hub model run its own code (off).")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted calibration stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
+@click.option("--dry-run", is_flag=True, help="Show plan, geometry and estimated bytes; load no weights.")
+@click.option("--list-models", is_flag=True, help="Show model aliases.")
+@click.option("--list-data", is_flag=True, help="Show data sets.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def command(model: str | None, calib: str | None, output: Path | None, **options: Any) -> None:
+    as_json, dry_run = options.pop("as_json"), options.pop("dry_run")
+    if options.pop("list_models"):
+        from ..models import ALIASES
+
+        click.echo(json.dumps(ALIASES) if as_json else "\n".join(f"{name:18} {where}" for name, where in ALIASES.items()))
+        return
+    if options.pop("list_data"):
+        from ..calibration_data.registry import DATASETS
+
+        click.echo(json.dumps(DATASETS) if as_json else "\n".join(f"{name:18} {what}" for name, what in DATASETS.items()))
+        return
+    options.pop("list_data", None)
+    if model is None or calib is None:
+        raise UsageError(f"--{'model' if model is None else 'calib'} is missing; see --list-models and --list-data")
+    if options["resume"] and dry_run:
+        raise UsageError("--resume and --dry-run contradict each other; leave one out")
+    from ..compiler import CompileOptions, compile_artifact, prepare
+
+    target = output or Path("artifacts") / f"{Path(model).resolve().name}-{Path(calib).resolve().stem}"
+    chosen = CompileOptions(model=model, calib=calib, output=target, **options)
+    if dry_run:
+        plan = prepare(chosen)
+        dense, compressed = plan.bytes_per_token(chosen.keep_ratio)
+        layers = plan.geometry.layers
+        summary: dict[str, Any] = {
+            "artifact": str(target),
+            "model": plan.source.name,
+            "method": "rotatek",
+            "layers": len(plan.geometry.compressible),
+            "kv_bytes_per_token": {"dense": dense, "compressed": compressed},
+            "seconds": None,
+            "geometry": plan.geometry.to_json(),
+            "data": {"name": plan.data.name, "split": plan.data.split, "num_samples": chosen.num_samples},
+        }
+        first = layers[plan.geometry.compressible[0]]
+        text = (
+            f"{plan.source.name} ({plan.geometry.model_type}): {len(layers)} text layers, {summary['layers']} compressed, "
+            f"{first.query_heads}/{first.kv_heads} heads of {first.head_dim}\n"
+            f"basis {chosen.basis}, {chosen.allocation} ranks, keep ratio {chosen.keep_ratio}, span {chosen.span}, window {chosen.window}\n"
+            f"data {plan.data.name}, {chosen.num_samples} samples\n"
+            f"bytes per coded token, all layers: {dense} dense, about {compressed:.0f} compressed ({dense / compressed:.2f}x smaller)\n"
+            f"would write {target}"
+        )
+    else:
+        summary = compile_artifact(chosen)
+        sizes, seconds = summary["kv_bytes_per_token"], summary["seconds"]
+        text = (
+            f"wrote {summary['artifact']}: {summary['layers']} layers, {sizes['dense']} -> {sizes['compressed']:.0f} bytes per coded token "
+            f"({sizes['dense'] / sizes['compressed']:.2f}x smaller)\n"
+            f"plan KL on documents kept aside: {summary['plan']['predicted_kl']:.2e} nats per answer token\n"
+            f"seconds: moments and bases {seconds['moments_and_bases']}, sensitivities {seconds['sensitivities']}, total {seconds['total']}"
+        )
+    click.echo(json.dumps(summary) if as_json else text)

@@ -1,0 +1,220 @@
+"""Names of models, and how they are found and loaded: the one place that calls `from_pretrained`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import RotateKError, UsageError
+from .geometry import Geometry, geometry_of
+
+BUNDLED = "tiny-llava-next"
+ALIASES = {BUNDLED: "bundled with this package", "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf"}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FINGERPRINT_CHUNKS = 64  # pieces of 4 KiB hashed of each weight file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a checkpoint comes from: `name` as it is recorded, `location` a Hub id or a local directory."""
+
+    name: str
+    location: str
+    revision: str | None
+    is_local: bool
+    trust_remote_code: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code} if not self.is_local else {}
+
+
+def bundled_path() -> Path:
+    """Directory of the bundled checkpoint, in a checkout as in an installation."""
+    from . import calibration_data
+
+    return Path(calibration_data.__path__[0]) / "tiny_llava_next"
+
+
+def resolve(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Find a model by alias, local directory or Hub id.
+
+    Raises:
+        UsageError: neither an alias nor a Hub id.
+        RotateKError: a path that does not exist or holds no config.json.
+    """
+    if revision is not None and name not in ALIASES and Path(name).expanduser().is_dir():
+        raise UsageError(f"--revision {revision} is for Hub models, but {name} is a local directory; leave it out")
+    if name == BUNDLED:
+        return Source(name=BUNDLED, location=str(bundled_path()), revision=None, is_local=True)
+    if name in ALIASES:
+        return Source(name=ALIASES[name], location=ALIASES[name], revision=revision, is_local=False, trust_remote_code=trust_remote_code)
+    choices = f"{', '.join(sorted(ALIASES))}, a local directory, or a Hub id like org/name"
+    unknown = UsageError(f"unknown model {name!r}; use one of {choices}")
+    path = Path(name).expanduser()
+    if not name.strip():
+        raise unknown
+    if path.is_dir():
+        if (path / "rotatek_config.json").is_file() and not (path / "config.json").is_file():
+            raise RotateKError(f"{name} is an artifact, not a checkpoint; pass the checkpoint it was compiled from")
+        if not (path / "config.json").is_file():
+            raise RotateKError(f"{name} holds no config.json, so it is no transformers checkpoint; pass the checkpoint's directory")
+        return Source(name=str(path.resolve()), location=str(path), revision=None, is_local=True)
+    if path.exists():
+        raise RotateKError(f"{name} is a file; pass the checkpoint's directory")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise RotateKError(f"model path {name} does not exist; check the path")
+    if name.count("/") != 1:
+        raise unknown
+    return Source(name=name, location=name, revision=revision, is_local=False, trust_remote_code=trust_remote_code)
+
+
+def load_config(source: Source) -> Any:
+    """The transformers config of a source.
+
+    Raises:
+        RotateKError: it cannot be fetched or read, or transformers does not know the architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.location, **source.arguments)
+    except Exception as error:  # a damaged config.json raises whatever its first wrong value breaks
+        raise RotateKError(f"could not read the config of {source.name}: {_first_line(error)}") from error
+
+
+def checked_geometry(config: Any) -> Geometry:
+    """Geometry of a model that can be compiled.
+
+    Raises:
+        RotateKError: no image-text-to-text class, no image token, no pluggable attention, or nothing to compress.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    geometry = geometry_of(config)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise RotateKError(f"model type {config.model_type!r} is not supported: transformers has no image-text-to-text model for it")
+    model_class: Any = AutoModelForImageTextToText._model_mapping[type(config)]
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise RotateKError(f"{model_class.__name__} is not supported: it does not use transformers' attention interface")
+    if not geometry.visual_token_ids:
+        raise RotateKError(f"model type {config.model_type!r} is not supported: its config names no image token")
+    if not geometry.compressible:
+        kinds = sorted({layer.layer_type for layer in geometry.layers})
+        raise RotateKError(f"nothing to compress: {config.model_type!r} has no full_attention layer, only {', '.join(kinds)}")
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        raise RotateKError(f"model type {config.model_type!r} uses M-RoPE positions, which this version cannot calibrate yet")
+    for index in geometry.compressible:
+        if geometry.layers[index].head_dim % 8:
+            raise RotateKError(f"head_dim {geometry.layers[index].head_dim} of layer {index} is not a multiple of 8; it is not supported")
+    return geometry
+
+
+def choose_dtype(name: str | None, config: Any, device: torch.device) -> torch.dtype:
+    """`--dtype` by name; by default the checkpoint's on a GPU and float32 on a CPU."""
+    if name is not None:
+        if name not in DTYPES:
+            raise UsageError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
+        return DTYPES[name]
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    stored = DTYPES.get(stored) if isinstance(stored, str) else stored
+    return (stored or torch.bfloat16) if device.type == "cuda" else torch.float32
+
+
+def choose_device(name: str | None) -> torch.device:
+    """`--device` by name; by default the first GPU if there is one.
+
+    Raises:
+        RotateKError: the device does not exist here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise RotateKError(f"device {name} is not available: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device cpu")
+    return device
+
+
+def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model in eval mode, on the device.
+
+    Raises:
+        RotateKError: the weights cannot be fetched or read.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        both: Any = AutoModelForImageTextToText.from_pretrained(
+            source.location, dtype=dtype, output_loading_info=True, **source.arguments
+        )
+        model, loaded = both
+    except Exception as error:  # safetensors and torch have error types of their own for damaged files
+        raise RotateKError(f"could not load the weights of {source.name}: {_first_line(error)}; check or download them again") from error
+    if missing := sorted(loaded["missing_keys"]):
+        # transformers would go on with random numbers in their place
+        raise RotateKError(f"the weights of {source.name} lack {len(missing)} tensors, the first is {missing[0]}; download them again")
+    return model.to(device).eval()
+
+
+def load_processor(source: Source, directory: Path | None = None) -> Any:
+    """The processor, from `directory` (an artifact that carries its files) or from the source.
+
+    Raises:
+        RotateKError: it cannot be read, or has no chat template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        if directory is not None and any((directory / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+            processor = AutoProcessor.from_pretrained(directory)
+        else:
+            processor = AutoProcessor.from_pretrained(source.location, **source.arguments)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise RotateKError(f"could not load the processor of {source.name}: {_first_line(error)}") from error
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+        raise RotateKError(f"{source.name} has a {type(processor).__name__} but no image processor; add its processor files")
+    if not getattr(processor, "chat_template", None):
+        raise RotateKError(f"the processor of {source.name} has no chat template; add chat_template.jinja to the checkpoint")
+    return processor
+
+
+def identity(source: Source, config: Any) -> dict[str, Any]:
+    """What an artifact records of its base: id and commit of a Hub model, id and fingerprint of a local one."""
+    if source.is_local:
+        return {"id": source.name, "revision": None, "fingerprint": fingerprint(Path(source.location))}
+    return {"id": source.name, "revision": getattr(config, "_commit_hash", None) or source.revision, "fingerprint": None}
+
+
+def fingerprint(directory: Path) -> str:
+    """A hash of a local checkpoint: its config, and names, sizes and 64 spread-out pieces of its weight files."""
+    digest = hashlib.sha256()
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for piece in range(FINGERPRINT_CHUNKS):
+                stream.seek(size * piece // FINGERPRINT_CHUNKS)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
