@@ -20,6 +20,7 @@ started = time.monotonic()
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+
 from tiny_training.evaluation import exact_match  # noqa: E402
 from tiny_training.llava_next import build_config, build_model, save_checkpoint  # noqa: E402
 from tiny_training.loop import Settings, Trainer  # noqa: E402
