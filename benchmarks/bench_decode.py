@@ -28,13 +28,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
-from rotatek_compile.kernels import codes, decode, table
-from rotatek_compile.kernels.decode_torch import decode_attention_torch
-from rotatek_compile.kernels.table import CacheView, Kind
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
+
+from rotatek_compile.kernels import codes, decode, table
+from rotatek_compile.kernels.decode_torch import decode_attention_torch
+from rotatek_compile.kernels.table import CacheView, Kind
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 from kernel_caches import brute_force, random_cache, random_layout, relative_error  # noqa: E402
@@ -43,8 +44,8 @@ QUERY_HEADS, HEADS, DIM, WINDOW = 32, 8, 128, 128
 SCALING = DIM**-0.5
 SHAPES = {(1, 32768): 16, (8, 8192): 8, (32, 4096): 4, (32, 16384): 2}  # (B, T): layers in the graph
 RANKS = {"r32": [32] * 8, "r64": [64] * 8, "r128": [128] * 8, "mixed48": [16, 96, 32, 64, 24, 72, 40, 40], "dense": None}
-PROGRAMS = {"mixed48": 1056}
-LIMITS = {False: 2e-2, True: 1e-2}  # one or two numbers per channel of the rotated query
+PROGRAMS: dict[str, int] = {}
+LIMITS = {False: 1e-2, True: 1e-2}  # one or two numbers per channel of the rotated query
 Step = Callable[[], object]
 
 
@@ -266,7 +267,7 @@ def measure_shape(results: Table, batch: int, tokens: int, count: int, quick: bo
     for name, ranks in RANKS.items():
         if quick and name not in ("r32", "dense"):
             continue
-        programs = PROGRAMS.get(name, 528)
+        programs = PROGRAMS.get(name, 396)
         layers = [make_layer(batch, tokens, ranks, seed).planned(programs) for seed in range(count)]
         size = read_bytes(batch, tokens, ranks)
         for two_part in (False, True) if name == "r32" else (False,):
