@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,13 @@ class LocalData:
     rows: Any  # datasets.Dataset
     digest: str
 
-    def read(self, count: int) -> Iterator[Sample]:
-        """At most `count` samples.
+    def sample(self, number: int) -> Sample:
+        """One row.
 
         Raises:
-            DataError: an image that does not open, or a row without a question.
+            DataError: an image that does not open, or no question.
         """
-        for number in range(min(count, len(self.rows))):
-            yield self._sample(number, self.rows[number])
-
-    def _sample(self, number: int, row: dict[str, Any]) -> Sample:
-        where = f"{self.path} row {number}"
+        row, where = self.rows[number], f"{self.path} row {number}"
         question = row["question"]
         if not isinstance(question, str) or not question.strip():
             raise DataError(f"{where}: the question is {question!r}, expected text; remove the row or fill it in")

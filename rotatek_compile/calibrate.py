@@ -100,6 +100,8 @@ def calibrate(
         moments = Moments()
     if moments.documents > len(items):
         raise RotateKError(f"the saved moments in {store.file} cover {moments.documents} documents, not {len(items)}; delete that file")
+    if moments.documents == len(items):
+        return moments
     collector = Collector(geometry, moments)
     device, dtype = next(model.parameters()).device, model.dtype
     saved, whole = time.monotonic(), Moments(dict(moments.sums), moments.documents)
@@ -107,7 +109,7 @@ def calibrate(
     try:
         with bar, collecting(model, collector), torch.inference_mode():
             while moments.documents < len(items):
-                batch = items[moments.documents : moments.documents + batch_size]
+                batch = list(items[moments.documents : moments.documents + batch_size])
                 run_batch(model, batch, collector, pad_id, device, dtype)
                 moments.documents += len(batch)
                 bar.update(len(batch))
@@ -186,8 +188,8 @@ class MomentStore:
         try:
             with safe_open(self.file, "pt") as stored:
                 sums = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - safe_open is no mapping
-                return Moments(sums, int((stored.metadata() or {}).get("documents", 0)))
-        except (SafetensorError, OSError, ValueError):
+                return Moments(sums, int((stored.metadata() or {})["documents"]))
+        except (SafetensorError, OSError, ValueError, KeyError):
             return Moments()
 
     def save(self, moments: Moments) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from . import allocate as allocation
 from .artifact import ALLOCATIONS, SPANS, Artifact, Method, library_versions, write_artifact
 from .bases import BASES, Basis, calibrated_basis, two_sided
-from .batches import Encoded, encode, end_ids, template_hash
+from .batches import end_ids, template_hash
 from .calibrate import MomentStore, calibrate
 from .calibration_data.registry import DataSource, open_data
 from .card import model_card
+from .documents import Documents, usable
 from .errors import RotateKError, UsageError
 from .geometry import Geometry
 from .models import Source, checked_geometry, choose_device, choose_dtype, identity, load_config, load_model, load_processor, resolve
@@ -74,6 +75,8 @@ class CompilePlan:
     config: Any
     geometry: Geometry
     data: DataSource
+    device: torch.device
+    dtype: torch.dtype
 
     def bytes_per_token(self, keep_ratio: float) -> tuple[int, float]:
         """Dense bytes per coded token over the compressed layers, and those of the plan's codes and raw Values."""
@@ -90,7 +93,8 @@ def prepare(options: CompileOptions) -> CompilePlan:
     config = load_config(source)
     geometry = checked_geometry(config)
     data = open_data(options.calib, "calibration", options.seed)
-    return CompilePlan(source, config, geometry, data)
+    device = choose_device(options.device)
+    return CompilePlan(source, config, geometry, data, device, choose_dtype(options.dtype, config, device))
 
 
 def compile_artifact(options: CompileOptions) -> dict[str, Any]:
@@ -102,16 +106,24 @@ def compile_artifact(options: CompileOptions) -> dict[str, Any]:
     start = time.perf_counter()
     plan = prepare(options)
     source, geometry = plan.source, plan.geometry
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, plan.config, device)
+    samples = usable(plan.data, options.num_samples)  # before weights are loaded: a picture that does not open is said at once
     processor = load_processor(source)
-    model = load_model(source, dtype, device)
+    model = load_model(source, plan.dtype, plan.device)
     base = identity(source, plan.config)
-    items, record = load_items(plan.data, processor, model, geometry, options)
+    items = Documents(plan.data, samples, processor, geometry, end_ids(model)[0])
+    record = {
+        "data": plan.data.name,
+        "revision": plan.data.revision,
+        "split": plan.data.split,
+        "num_samples": len(items),
+        "seed": options.seed,
+        "samples": plan.data.hash_ids(list(samples.values())),
+        "template": template_hash(processor),
+    }
     aside = len(items) // 8 if len(items) > 1 else 0  # kept for checking the joint plan
     used, held = items[: len(items) - aside], items[len(items) - aside :]
 
-    key = {"base": base, "record": record, "documents": len(used), "dtype": DTYPE_NAMES[dtype], "geometry": geometry.to_json()}
+    key = {"base": base, "record": record, "documents": len(used), "dtype": DTYPE_NAMES[plan.dtype], "geometry": geometry.to_json()}
     before = time.perf_counter()
     pad_id = processor.tokenizer.pad_token_id or 0
     moments = calibrate(model, used, geometry, MomentStore(key), options.batch_size, options.resume, pad_id, options.quiet)
@@ -157,30 +169,6 @@ def compile_artifact(options: CompileOptions) -> dict[str, Any]:
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "plan": {"predicted_kl": checks["kl"], "ranks": {str(i): r for i, r in ranks.items()}},
     }
-
-
-def load_items(
-    data: DataSource, processor: Any, model: Any, geometry: Geometry, options: CompileOptions
-) -> tuple[list[Encoded], dict[str, Any]]:
-    """Encode the calibration samples; samples without images are left out.
-
-    Raises:
-        RotateKError: no usable sample.
-    """
-    eos = end_ids(model)[0]
-    items = [encode(processor, s, geometry, eos) for s in data.samples(options.num_samples) if s.images and s.answers]
-    if not items:
-        raise RotateKError(f"{options.calib} has no usable sample: each needs at least one image and one answer")
-    record = {
-        "data": data.name,
-        "revision": data.revision,
-        "split": data.split,
-        "num_samples": len(items),
-        "seed": options.seed,
-        "samples": data.hash_ids([item.sample.id for item in items]),
-        "template": template_hash(processor),
-    }
-    return items, record
 
 
 def plan_from(

@@ -139,14 +139,14 @@ class Evaluator:
             logits, seen = self._forward(question, prefix, cache, {}), join(prefix, question)
         out: list[list[int]] = [[] for _ in rest]
         done = [False] * len(rest)
-        for _ in range(self.max_new_tokens):
+        for number in range(self.max_new_tokens):
             chosen = logits[:, -1].argmax(-1).tolist()
             for row, token in enumerate(chosen):
                 if not done[row]:
                     out[row].append(token)
                     done[row] = token in self.eos
-            if all(done):
-                break
+            if all(done) or number == self.max_new_tokens - 1:
+                break  # the last token is never fed back
             step = pad([[token] for token in chosen], self.pad_id)
             logits, seen = self._forward(step, seen, cache, {}), join(seen, step)
         return out
@@ -176,7 +176,7 @@ def evaluate(
     bar = tqdm(total=len(items) * len(methods), desc=f"ask {evaluator.ask}", unit="doc", disable=None if not quiet else True, leave=False)
     with bar:
         for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
+            batch = list(items[start : start + batch_size])
             reference: list[Tensor] = []
             for row, make_cache in zip(rows, methods.values(), strict=True):
                 answered = evaluator.answer(batch, make_cache())

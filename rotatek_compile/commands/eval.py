@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..errors import RotateKError, UsageError
+from ..errors import UsageError
 
 
 @click.command("eval", help="Measure ARTIFACT against the dense model on a data set.")
@@ -36,8 +36,9 @@ def command(artifact: Path, data: str, **options: Any) -> None:
         raise UsageError(f"unknown --ask {options['ask']!r}; choose one of {', '.join(ASK)}")
     from ..api import load_base
     from ..artifact import read_artifact
-    from ..batches import encode, end_ids
+    from ..batches import end_ids
     from ..calibration_data.registry import open_data
+    from ..documents import Documents, usable
     from ..evaluate import Evaluator, evaluate
     from ..models import choose_device
     from ..runtime.backends import choose_backend
@@ -46,13 +47,10 @@ def command(artifact: Path, data: str, **options: Any) -> None:
     read = read_artifact(artifact)
     source = open_data(data, "evaluation", options["seed"])
     choose_backend(options["backend"], choose_device(options["device"]))
-    # read before weights are loaded: a picture that does not open is said at once
-    samples = [s for s in source.samples(options["num_samples"]) if s.images and s.answers]
-    if not samples:
-        raise RotateKError(f"{data} has no usable sample: each needs at least one image and one answer")
+    samples = usable(source, options["num_samples"])  # before weights are loaded: a picture that does not open is said at once
     model, processor = load_base(read, model=options["model"], dtype=options["dtype"], device=options["device"])
     eos = end_ids(model)
-    items = [encode(processor, sample, read.geometry, eos[0]) for sample in samples]
+    items = Documents(source, samples, processor, read.geometry, eos[0])
     evaluator = Evaluator(model, processor, options["ask"], eos, options["max_new_tokens"])
     with enable(model, read, backend=options["backend"], fallback=not options["no_fallback"]) as active:
         methods = {"dense": evaluator.dense_cache, "artifact": active.new_cache}

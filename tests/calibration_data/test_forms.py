@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+
 from rotatek_compile.calibration_data import forms, forms_content
 from rotatek_compile.calibration_data.glyphs import load_glyphs
 

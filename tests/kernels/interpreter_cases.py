@@ -9,6 +9,7 @@ import json
 import sys
 
 import torch
+
 from kernel_caches import brute_force, random_cache, random_layout, relative_error
 from rotatek_compile.kernels import decode
 from rotatek_compile.kernels.decode_torch import decode_attention_torch

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from rotatek_compile.kernels import codes, table
 from rotatek_compile.kernels.table import CacheView, Kind
-from torch import Tensor
 
 
 @dataclass

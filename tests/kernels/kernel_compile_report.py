@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 
 import triton
-from rotatek_compile.kernels import decode_kernels
-from rotatek_compile.kernels.decode import config
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from rotatek_compile.kernels import decode_kernels
+from rotatek_compile.kernels.decode import config
 
 CASES = {  # name: (G, T, D, RANK_TILE, two_part_query, has_dense)
     "g4-d128-r32": (4, 1, 128, 32, False, False),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rotatek_compile.kernels import codes, table
 from rotatek_compile.kernels.table import BLOCK, Kind
 

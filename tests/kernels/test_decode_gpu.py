@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kernel_caches import brute_force, random_cache, random_layout, relative_error
 from rotatek_compile.kernels import decode
 

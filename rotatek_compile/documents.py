@@ -1,0 +1,44 @@
+"""Documents of a data set as a sequence of encoded prompts, made when they are asked for: pages are never all in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
+
+from .batches import Encoded, encode
+from .calibration_data.registry import DataSource
+from .errors import RotateKError
+from .geometry import Geometry
+
+
+def usable(data: DataSource, count: int) -> dict[int, str]:
+    """Places and ids of the samples with an image and an answer, among the first `count`; every one is opened once.
+
+    Raises:
+        RotateKError: there is none.
+        DataError: an image or row that cannot be read.
+    """
+    found = {place: sample.id for place, sample in enumerate(data.samples(count)) if sample.images and sample.answers}
+    if not found:
+        raise RotateKError(f"{data.name} has no usable sample: each needs at least one image and one answer")
+    return found
+
+
+class Documents(Sequence[Encoded]):
+    """Samples at these places of a data set, encoded anew at each access; slicing gives a view."""
+
+    def __init__(self, data: DataSource, places: Iterable[int], processor: Any, geometry: Geometry, eos: int) -> None:
+        self.data, self.processor, self.geometry, self.eos = data, processor, geometry, eos
+        self.places = list(places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> Documents: ...
+    def __getitem__(self, index: int | slice) -> Encoded | Documents:
+        if isinstance(index, slice):
+            return Documents(self.data, self.places[index], self.processor, self.geometry, self.eos)
+        return encode(self.processor, self.data.sample(self.places[index]), self.geometry, self.eos)

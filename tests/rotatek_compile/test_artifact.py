@@ -1,0 +1,211 @@
+"""The reader believes nothing: every damaged artifact is refused with a sentence that names file, tensor or key, and value."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rotatek_compile import ArtifactError
+from rotatek_compile.artifact import CONFIG_FILE, TENSOR_FILE, read_artifact, write_artifact
+from rotatek_compile.output import atomic_directory
+
+ENCODE = "layers.1.visual.key_encode"
+
+
+def edit_config(folder, change):
+    file = folder / CONFIG_FILE
+    config = json.loads(file.read_text())
+    result = change(config)
+    file.write_text(json.dumps(config if result is None else result))
+
+
+def edit_tensors(folder, change):
+    """Change tensors and record their new checksum, as a faulty writer would."""
+    tensors = load_file(folder / TENSOR_FILE)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSOR_FILE)
+    digest = hashlib.sha256((folder / TENSOR_FILE).read_bytes()).hexdigest()
+    edit_config(folder, lambda config: config["files"][TENSOR_FILE].update(sha256=digest))
+
+
+def refused(folder):
+    with pytest.raises(ArtifactError) as error:
+        read_artifact(folder)
+    words = str(error.value)
+    assert "\n" not in words and str(folder) in words
+    return words
+
+
+def test_round_trip(compiled, tmp_path):
+    first = read_artifact(compiled)
+    write_artifact(first, tmp_path, "card")
+    second = read_artifact(tmp_path)
+    assert (first.geometry, first.method, first.base_model) == (second.geometry, second.method, second.base_model)
+    assert (first.calibration, first.report, first.libraries) == (second.calibration, second.report, second.libraries)
+    assert first.tensors.keys() == second.tensors.keys()
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor, second.tensors[name]) and tensor.dtype == second.tensors[name].dtype
+    assert (tmp_path / TENSOR_FILE).read_bytes() == (compiled / TENSOR_FILE).read_bytes()
+    assert (tmp_path / CONFIG_FILE).read_bytes() == (compiled / CONFIG_FILE).read_bytes()
+    assert (tmp_path / "README.md").read_text() == "card"
+
+
+def test_what_was_compiled(compiled):
+    artifact = read_artifact(compiled)
+    assert artifact.geometry.compressible == (0, 1, 2)
+    assert sum(map(sum, artifact.ranks().values())) == 6 * 32 // 4
+    assert artifact.bytes_per_token() == 3 * 2 * 2 * 32 + 2 * 48
+    assert artifact.calibration["num_samples"] == 4 and artifact.calibration["split"] == "local"
+    for i in range(3):
+        spectrum = artifact.tensors[f"layers.{i}.visual.key_spectrum"]
+        assert (spectrum.diff(dim=-1) <= 1e-6 * spectrum[:, :1]).all()  # ordered by importance
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(format_version=2), "format_version 2 is newer than 1; upgrade rotatek-compile"),
+        (lambda c: c.update(format_version=0), "format_version is 0"),
+        (lambda c: c.update(format_version="1"), "format_version is '1', not a whole number"),
+        (lambda c: c.pop("format_version"), "format_version is None"),
+        (lambda c: [c], "holds a list, expected an object"),
+        (lambda c: c.pop("geometry") and None, "section geometry is missing"),
+        (lambda c: c.update(geometry=[]), "section geometry is missing"),
+        (lambda c: c["geometry"].pop("layers") and None, "section geometry is damaged"),
+        (lambda c: c["geometry"].update(layers={"0": 1}), "section geometry is damaged"),
+        (lambda c: c["geometry"]["layers"][1].update(head_dim="wide"), "section geometry is damaged"),
+        (lambda c: c["geometry"]["layers"][1].update(head_dim=float("inf")), "section geometry is damaged"),
+        (lambda c: c["geometry"]["layers"][1].update(kv_heads=0), "layer 1 has 4 query heads, 0 KV heads"),
+        (lambda c: c["geometry"]["layers"][1].update(kv_heads=3), "layer 1 has 4 query heads, 3 KV heads"),
+        (lambda c: c["geometry"]["layers"][1].update(head_dim=-8), "head_dim -8, which no model has"),
+        (lambda c: c["geometry"]["layers"][1].update(kv_heads=4), "layers.1.key_rank has shape [2], the geometry wants [4]"),
+        (lambda c: [layer.update(layer_type="sliding_attention") for layer in c["geometry"]["layers"]] and None, "no full_attention layer"),
+        (lambda c: c.pop("rotatek") and None, "section rotatek is missing"),
+        (lambda c: c["rotatek"].update(basis="svd"), "basis is 'svd'"),
+        (lambda c: c["rotatek"].update(basis=["pca"]), "basis is ['pca']"),
+        (lambda c: c["rotatek"].update(span="some"), "span is 'some'"),
+        (lambda c: c["rotatek"].update(key_bits="4"), "key_bits is '4', which this version cannot run"),
+        (lambda c: c["rotatek"].update(window=0), "window is 0"),
+        (lambda c: c["rotatek"].update(window="128"), "window is '128'"),
+        (lambda c: c["rotatek"].update(keep_ratio=float("nan")), "keep_ratio is nan"),
+        (lambda c: c["rotatek"].update(keep_ratio="0.25"), "keep_ratio is '0.25'"),
+        (lambda c: c["rotatek"].update(fallback_factor="8"), "fallback_factor is '8'"),
+        (lambda c: c["rotatek"].update(levels=[float("inf")]), "section rotatek is damaged"),
+        (lambda c: c["rotatek"].update(levels=7), "section rotatek is damaged"),
+        (lambda c: c["rotatek"].update(levels=[0]), "layers.0.sensitivity has shape [2, 2], the geometry wants [2, 1]"),
+        (lambda c: c.pop("base_model") and None, "section base_model is missing"),
+        (lambda c: c["base_model"].update(id=None), "base_model.id is None, expected text"),
+        (lambda c: c["base_model"].update(revision=3), "base_model.revision is 3"),
+        (lambda c: c.update(calibration=None), "section calibration is missing"),
+        (lambda c: c.pop("files") and None, "section files is missing"),
+        (lambda c: c.update(files={}), "was changed after it was written"),
+        (lambda c: c.update(files={TENSOR_FILE: "sum"}), "was changed after it was written"),
+    ],
+)
+def test_damaged_config(broken_artifact, change, words):
+    def in_place(config):
+        result = change(config)
+        return result if isinstance(result, list) else None
+
+    edit_config(broken_artifact, in_place)
+    assert words in refused(broken_artifact)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b'"text"'])
+def test_config_that_is_no_object(broken_artifact, content):
+    (broken_artifact / CONFIG_FILE).write_bytes(content)
+    words = refused(broken_artifact)
+    assert "is not readable JSON" in words or "expected an object" in words
+
+
+def put(name, value):
+    return lambda tensors: tensors.__setitem__(name, value(tensors[name]))
+
+
+def with_entry(index, value):
+    def change(tensor):
+        tensor[index] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put(ENCODE, with_entry((0, 3, 5), float("nan"))), f"tensor {ENCODE} holds NaN or infinity"),
+        (put("layers.0.visual.key_mean", with_entry((0, 0), float("inf"))), "layers.0.visual.key_mean holds NaN or infinity"),
+        (put("layers.2.sensitivity", with_entry((0, 0), float("nan"))), "layers.2.sensitivity holds NaN or infinity"),
+        (put(ENCODE, with_entry((1, slice(None), 4), 0.0)), f"tensor {ENCODE} is not safely invertible"),
+        (put(ENCODE, torch.zeros_like), f"tensor {ENCODE} is not safely invertible"),
+        (put(ENCODE, lambda t: torch.diag(torch.logspace(0, 5, 32)).expand(2, 32, 32)), "(condition 1e+05 > 1e4)"),
+        (put("layers.1.visual.value_spectrum", torch.neg), "layers.1.visual.value_spectrum has a negative entry"),
+        (put("layers.1.key_rank", with_entry(0, 12)), "allowed are multiples of 8 from 0 to 32"),
+        (put("layers.1.key_rank", with_entry(0, 40)), "key_rank is [40, "),
+        (put("layers.1.key_rank", with_entry(1, -8)), "allowed are multiples of 8 from 0 to 32"),
+        (put("layers.1.key_rank", torch.Tensor.float), "layers.1.key_rank is float32, expected int32"),
+        (put(ENCODE, torch.Tensor.half), f"tensor {ENCODE} is float16, expected float32"),
+        (put(ENCODE, lambda t: t.to(torch.float8_e4m3fn)), f"tensor {ENCODE} is float8_e4m3fn, expected float32"),
+        (put(ENCODE, lambda t: t[:, :, :-1]), f"tensor {ENCODE} has shape [2, 32, 31], the geometry wants [2, 32, 32]"),
+        (lambda tensors: tensors.pop(ENCODE), f"tensor {ENCODE} is missing"),
+        (lambda tensors: tensors.clear() or tensors.update(other=torch.zeros(1)), "tensor layers.0.key_rank is missing"),
+    ],
+)
+def test_damaged_tensors(broken_artifact, change, words):
+    edit_tensors(broken_artifact, change)
+    said = refused(broken_artifact)
+    assert words in said and said.endswith("; compile the artifact again")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: data[:100], lambda data: b"", lambda data: b"\xff" * 8 + data[8:], lambda data: b"text"]
+)
+def test_truncated_file(broken_artifact, damage):
+    file = broken_artifact / TENSOR_FILE
+    file.write_bytes(damage(file.read_bytes()))
+    assert f"{file} is damaged or truncated" in refused(broken_artifact)
+
+
+def test_one_flipped_bit(broken_artifact):
+    file = broken_artifact / TENSOR_FILE
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert "was changed after it was written: sha256 " in refused(broken_artifact)
+
+
+def test_missing_files(broken_artifact, tmp_path):
+    (broken_artifact / TENSOR_FILE).unlink()
+    assert f"is incomplete: it has no {TENSOR_FILE}" in refused(broken_artifact)
+    (broken_artifact / CONFIG_FILE).unlink()
+    assert f"is no artifact: it has no {CONFIG_FILE}" in refused(broken_artifact)
+    assert "does not exist" in refused(tmp_path / "nowhere")
+
+
+def test_unknown_keys_are_ignored_with_a_warning(broken_artifact):
+    edit_config(broken_artifact, lambda c: c.update(mood="good") or c["rotatek"].update(color="red"))
+    with pytest.warns(UserWarning) as seen:
+        artifact = read_artifact(broken_artifact)
+    assert artifact.method.keep_ratio == 0.25
+    assert [word for w in seen for word in ("mood", "color") if f"ignoring unknown keys {word}" in str(w.message)] == ["mood", "color"]
+
+
+def test_old_artifact_survives_a_failed_rename(broken_artifact, monkeypatch, tmp_path, untouched):
+    from pathlib import Path
+
+    from rotatek_compile import RotateKError
+
+    replace = Path.replace
+
+    def failing(self, target):
+        if self.name == "new":
+            raise OSError(5, "Input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(RotateKError, match="could not write .*Input/output error"), atomic_directory(broken_artifact, True) as staging:
+        (staging / "file").touch()
+    read_artifact(broken_artifact)
+    untouched(tmp_path, "artifact")

@@ -1,0 +1,85 @@
+"""Padding, joining and stacking of encoded samples, and the positions they get."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rotatek_compile.batches import encode, end_ids, join, merge_media, pad, position_ids, prompt_text, template_hash
+from rotatek_compile.calibration_data.sample import Sample
+from rotatek_compile.errors import RotateKError
+
+
+def test_pad_and_join():
+    chunk = pad([[1, 2, 3], [4]], 0)
+    assert chunk.ids.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert chunk.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert pad([[1, 2], [4]], 9, left=False).ids.tolist() == [[1, 2], [4, 9]]
+    both = join(chunk, pad([[5], [0]], 0))
+    assert both.ids.tolist() == [[1, 2, 3, 5], [0, 0, 4, 0]]
+    assert both.mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert pad([[], [1]], 0).mask.tolist() == [[0], [1]]
+
+
+def test_positions_skip_padding_also_in_the_middle():
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1]])
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 3, 4, 5]]
+
+
+def test_media_are_stacked_over_images_and_padded_over_tiles():
+    a = SimpleNamespace(media={"pixel_values": torch.ones(1, 3, 2, 2, 2), "image_sizes": torch.tensor([[4, 4]])})
+    b = SimpleNamespace(media={"pixel_values": 2 * torch.ones(2, 5, 2, 2, 2), "image_sizes": torch.tensor([[8, 4], [4, 8]])})
+    merged = merge_media([a, SimpleNamespace(media={}), b], torch.device("cpu"), torch.bfloat16)
+    assert merged["pixel_values"].shape == (3, 5, 2, 2, 2)
+    assert merged["pixel_values"].dtype == torch.bfloat16
+    assert merged["pixel_values"][:, :, 0, 0, 0].tolist() == [[1, 1, 1, 0, 0], [2] * 5, [2] * 5]
+    assert merged["image_sizes"].tolist() == [[4, 4], [8, 4], [4, 8]]
+    assert merged["image_sizes"].dtype == torch.int64
+
+
+class FakeProcessor:
+    """Three image tokens (5) per image after the text's characters; records what it was asked."""
+
+    chat_template = "template"
+
+    def __init__(self, per_image: int = 3) -> None:
+        self.per_image = per_image
+        self.tokenizer = lambda text, add_special_tokens: {"input_ids": [ord(c) for c in text]}
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        kinds = [item["type"] for item in messages[0]["content"]]
+        return "".join("I" if kind == "image" else "T" for kind in kinds) + messages[0]["content"][-1]["text"]
+
+    def __call__(self, text, images, return_tensors):
+        ids = [t for c in text[0] for t in ([5] * self.per_image if c == "I" else [ord(c)])]
+        return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)), "pixel_values": torch.ones(len(images), 1)}
+
+
+def test_encode():
+    processor, geometry = FakeProcessor(), SimpleNamespace(visual_token_ids=(5,))
+    sample = Sample(id="s", images=("a", "b"), question="q?", answers=("ok", "no"))
+    assert prompt_text(processor, 2, "q?") == "IITq?"
+    item = encode(processor, sample, geometry, 2)
+    assert item.prompt == [5] * 6 + [ord("T"), ord("q"), ord("?")]
+    assert item.answer == [ord("o"), ord("k"), 2]
+    assert item.visual_end == 6
+    assert set(item.media) == {"pixel_values"}
+    with pytest.raises(RotateKError, match="sample s: the processor turned 2 images into no image tokens"):
+        encode(FakeProcessor(0), sample, geometry, 2)
+
+
+def test_end_ids():
+    def model(own, text):
+        config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(eos_token_id=text))
+        return SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own), config=config)
+
+    assert end_ids(model(7, 1)) == (7,)
+    assert end_ids(model([7, 8], 1)) == (7, 8)
+    assert end_ids(model(None, 1)) == (1,)
+    assert end_ids(model(0, 1)) == (0,)
+    with pytest.raises(RotateKError, match="names no end-of-sequence token"):
+        end_ids(model(None, None))
+
+
+def test_template_hash():
+    assert template_hash(SimpleNamespace(chat_template="a")) != template_hash(SimpleNamespace(chat_template="b"))

@@ -1,0 +1,102 @@
+"""KL of the answers when heads are cut: nothing for full rank and for heads that nobody reads; the cache stays as it was."""
+
+import pytest
+import torch
+
+from rotatek_compile.bases import pca
+from rotatek_compile.sensitivity import Cutter, joint_kl, levels_for, measure
+
+
+@pytest.fixture
+def cutter(tiny, tiny_geometry):
+    generator = torch.Generator().manual_seed(0)
+    bases = {i: pca(a @ a.mT) for i, a in enumerate(torch.randn(3, 2, 32, 32, generator=generator))}
+    return lambda model=tiny, span_all=False: Cutter(model, tiny_geometry, bases, span_all)
+
+
+def full_logprobs(model, item):
+    ids = torch.tensor([item.prompt + item.answer[:-1]])
+    with torch.no_grad():
+        return model(input_ids=ids, **item.media).logits[0, -len(item.answer) :].float().log_softmax(-1)
+
+
+def test_the_reference_is_a_plain_forward_pass(cutter, tiny, documents):
+    for item in documents:
+        doc = cutter().prefill(item)
+        assert (doc.reference - full_logprobs(tiny, item)).abs().max() < 1e-4
+        assert [s.stop - s.start for s in doc.segments] == {"0": [88], "1": [56, 52], "2": [52], "3": [88], "4": [56]}[item.sample.id]
+
+
+def test_full_rank_costs_nothing_and_cuts_cost_more(cutter, documents):
+    c = cutter()
+    doc = c.prefill(documents[1])
+    before = [(layer.keys.clone(), layer.values.clone(), layer.get_seq_length()) for layer in doc.cache.layers]
+    costs = [c.kl(doc, {layer: {0: rank, 1: rank} for layer in range(3)}) for rank in (32, 16, 0)]
+    assert costs[0][0] < 1e-6
+    assert 1e-3 < costs[1][0] < costs[2][0]
+    assert costs[0][1] == len(documents[1].answer)
+    for layer, (keys, values, length) in zip(doc.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+        assert layer.get_seq_length() == length == documents[1].visual_end
+    assert torch.equal(c._answer(doc), doc.reference)
+
+
+def test_a_cut_to_nothing_is_the_mean(cutter, tiny, documents, tiny_geometry):
+    """By hand: image Keys of one head replaced by their mean, everything else as it was."""
+    item = documents[0]
+    c = cutter()
+    doc = c.prefill(item)
+    got, tokens = c.kl(doc, {1: {1: 0}})
+    layer = doc.cache.layers[1]
+    layer.keys = layer.keys.clone()
+    layer.keys[0, 1, 3:91] = layer.keys[0, 1, 3:91].mean(0)
+    with torch.no_grad():
+        rest = torch.tensor([item.prompt[item.visual_end :] + item.answer[:-1]])
+        logits = tiny(input_ids=rest, past_key_values=doc.cache).logits[0, -len(item.answer) :].log_softmax(-1)
+    dense = full_logprobs(tiny, item)
+    assert got == pytest.approx(float((dense.exp() * (dense - logits)).sum()), rel=1e-3)
+    assert got > 1e-4
+    assert tokens == len(item.answer)
+
+
+def test_a_head_that_nobody_reads(cutter, make_silent, documents):
+    c = cutter(make_silent)
+    table = measure(c, documents[:2], (0, 8), True)
+    assert table[2][1].abs().max() < 1e-6  # KV head 1 of layer 2
+    assert table[2][0, 0] > 1e-4
+    assert table[1].min() > 0
+
+
+@pytest.fixture
+def make_silent(tiny):
+    """The model with the output projection of KV head 1 of layer 2 (query heads 2 and 3) set to zero."""
+    weight = tiny.model.language_model.layers[2].self_attn.o_proj.weight
+    saved = weight.detach().clone()
+    with torch.no_grad():
+        weight[:, 64:] = 0
+    yield tiny
+    with torch.no_grad():
+        weight.copy_(saved)
+
+
+def test_measure_is_the_mean_per_answer_token(cutter, documents):
+    c = cutter()
+    table = measure(c, documents[:3], (0, 8, 32), True)
+    assert [tuple(t.shape) for t in table.values()] == [(2, 3)] * 3
+    parts = [c.kl(c.prefill(item), {1: {0: 8}}) for item in documents[:3]]
+    assert float(table[1][0, 1]) == pytest.approx(sum(p for p, _ in parts) / sum(n for _, n in parts), rel=1e-4)
+    assert all(t[:, 2].max() < 1e-6 for t in table.values())
+    docs = [c.prefill(item) for item in documents[:3]]
+    assert joint_kl(c, docs, {0: [32, 32], 1: [8, 32], 2: [32, 32]}) == pytest.approx(float(table[1][0, 1]), rel=1e-2, abs=1e-6)
+
+
+def test_span_all_cuts_text_too(cutter, documents):
+    doc = cutter(span_all=True).prefill(documents[1])
+    assert doc.segments == [slice(0, documents[1].visual_end)]
+
+
+def test_levels():
+    assert levels_for(128) == (0, 8, 16, 32)
+    assert levels_for(32) == (0, 8)
+    assert all(level % 8 == 0 for dim in (64, 80, 96, 256) for level in levels_for(dim))

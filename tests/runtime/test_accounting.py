@@ -1,0 +1,153 @@
+"""Bytes: what is counted is what a walk over the cache's objects finds, and raw Keys and Values die with their layer."""
+
+import gc
+import types
+import weakref
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+
+from rotatek_compile.runtime import store as store_module
+from rotatek_compile.runtime.accounting import cache_bytes
+from rotatek_compile.runtime.cache import RotateKLayer
+from rotatek_compile.runtime.enable import enable
+from rotatek_compile.runtime.prepared import PreparedArtifact, PreparedLayer
+
+MIXED = [[8, 24], [0, 16], [0, 0]]
+
+
+def reachable(root, stop):
+    """Bytes of all tensors that `root` keeps alive, whatever holds them; objects in `stop` are not entered."""
+    seen, stack, storages = set(), [root], {}
+    borders = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, PretrainedConfig, torch.nn.Module, *stop)
+    while stack:
+        thing = stack.pop()
+        if id(thing) in seen or isinstance(thing, borders):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        else:
+            stack.extend(gc.get_referents(thing))
+    return storages
+
+
+def own_bytes(cache):
+    artifact = reachable(cache.artifact, ())
+    return sum(size for place, size in reachable(cache, (PreparedArtifact, PreparedLayer)).items() if place not in artifact)
+
+
+@pytest.mark.parametrize("ranks", [32, 0, MIXED])
+@pytest.mark.parametrize("basis", ["two-sided", "paper"])
+@pytest.mark.parametrize("span", ["visual", "all"])
+def test_stored_is_what_is_reachable(model, ragged, make_artifact, generate, span, basis, ranks):
+    with enable(model, make_artifact(ranks, span=span, basis=basis, fallback=1.0), backend="torch"):
+        cache = generate(model, ragged, 70).cache
+    count = cache_bytes(cache)
+    assert count.stored == own_bytes(cache) > 0
+    # in float32, total is the same with 2 bytes a number; tables, lengths and fp32 means keep their size
+    fixed = count.tables + sum(layer.store.means.numel() * 4 for layer in cache.layers)
+    assert count.stored - fixed == 2 * (count.total - fixed)
+    assert count.total == count.span + count.window + count.tables
+    tokens = cache.get_seq_length() * 4
+    assert count.dense == 3 * tokens * 2 * 32 * 2 * 2
+    texts = {"visual": 0, "all": None}[span]
+    images = [88, 88 + 56 + 52, 0, 52 + 56]
+    if texts == 0:
+        assert count.span_dense == 3 * sum(images) * 2 * 32 * 2 * 2
+    assert 0 <= count.slack <= count.span + count.window
+    assert 0 <= count.basis <= count.span
+
+
+def test_fewer_directions_take_fewer_bytes(model, ragged, make_artifact, generate):
+    spans = []
+    for rank in (0, 8, 16, 24, 32):
+        with enable(model, make_artifact(rank, prior_tokens=10**9), backend="torch"):
+            spans.append(cache_bytes(generate(model, ragged, 2).cache))
+    assert [c.basis for c in spans] == [0] * 5  # a calibrated covariance this sure of itself is never corrected
+    steps = [b.span - a.span for a, b in zip(spans[:-1], spans[1:], strict=True)]
+    blocks = 2 + (2 + 1 + 1) + 0 + (1 + 1)  # 64-token blocks of the images of each row
+    assert steps == [3 * 2 * blocks * 64 * 8 * 2] * 4
+
+
+def test_own_bases_count(model, ragged, make_artifact, generate):
+    with enable(model, make_artifact(16, prior_tokens=0, basis="paper"), backend="torch"):
+        cache = generate(model, ragged, 2).cache
+    count = cache_bytes(cache)
+    shared = 3 * 2 * 32 * 16 * 2  # once a cache has own bases, the calibrated ones are copied beside them
+    assert count.basis == shared + 3 * 5 * 2 * 32 * 16 * 2  # two images side by side are one segment
+
+
+def test_beams_share_segments(model, prompts, make_artifact, generate):
+    inputs = prompts.batch([[3, prompts.square, 10]])
+    with enable(model, make_artifact(16, prior_tokens=10**9), backend="torch") as enabled:
+        cache = enabled.new_cache()
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+        one = cache_bytes(cache)
+        cache.batch_repeat_interleave(4)
+        four = cache_bytes(cache)
+    assert four.span == one.span
+    assert four.span_dense == one.span_dense
+    assert four.window == 4 * one.window
+    assert four.stored == own_bytes(cache)
+
+
+def test_merged_blocks_stay_shared(model, make_artifact, prompts, monkeypatch):
+    """Rows that share blocks go on sharing them when others are joined, and when they are joined themselves."""
+    monkeypatch.setattr(store_module, "MERGE_AT", 3)
+    pieces = torch.randint(6, 97, (1, 16 * 40), generator=torch.Generator().manual_seed(0)).split(16, 1)
+    fixed, block = 3 * 2 * 32 * 4, 3 * 2 * 64 * (8 + 32) * 2
+    with torch.no_grad(), enable(model, make_artifact(8, span="all"), backend="torch") as enabled:
+        cache = enabled.new_cache()
+
+        def read(pieces, rows):
+            for piece in pieces:
+                out = model(input_ids=piece.expand(rows, -1), past_key_values=cache).logits
+            lengths = [sorted(row[0, row[0, :, 3] > 0, 3].tolist()) for row in cache.layers[0].store.table]
+            return lengths, (cache_bytes(cache).span - fixed) / block, out[-1]
+
+        assert read(pieces[:12], 1)[:2] == ([[64, 64]], 2)
+        cache.batch_repeat_interleave(2)
+        assert read(pieces[12:20], 2)[:2] == ([[64] * 4] * 2, 2 + 2 * 2)
+        cache.reorder_cache(torch.tensor([0, 0]))  # now all four blocks belong to both rows
+        lengths, blocks, out = read(pieces[20:24], 2)
+        assert lengths == [[64, 256]] * 2
+        assert blocks == 4 + 2 * 1
+        lengths, blocks, out = read(pieces[24:33], 2)
+        assert lengths == [[192, 256]] * 2
+        assert blocks == 4 + 2 * 3
+        one = enabled.new_cache()
+        cache = one
+        assert (read(pieces[:33], 1)[2] - out).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("span", ["visual", "all"])
+def test_one_layer_at_full_width(model, ragged, make_artifact, generate, monkeypatch, span):
+    alive, update = [], RotateKLayer.update
+
+    def watched(layer, keys, values, *args):
+        gc.collect()
+        assert all(ref() is None for ref in alive), f"raw Keys of an earlier layer are alive in layer {layer.index}"
+        alive.extend([weakref.ref(keys), weakref.ref(values)])
+        out = update(layer, keys, values, *args)
+        alive.append(weakref.ref(out[0]))
+        return out
+
+    monkeypatch.setattr(RotateKLayer, "update", watched)
+    with enable(model, make_artifact(16, span=span), backend="torch"):
+        out = generate(model, ragged, 3)
+    gc.collect()
+    assert len(alive) == 3 * 3 * 3
+    assert all(ref() is None for ref in alive)
+    assert out.cache.get_seq_length() == ragged["input_ids"].shape[1] + 2
+
+
+def test_stock_cache(model, ragged, generate):
+    cache = generate(model, ragged, 3).cache
+    count = cache_bytes(cache)
+    length = ragged["input_ids"].shape[1] + 2
+    assert count.stored == 2 * count.total == 3 * 2 * 4 * 2 * length * 32 * 4
+    assert count.dense == count.total
+    assert cache_bytes(cache, tokens=10).dense == 10 * 3 * 2 * 2 * 32 * 2

@@ -1,0 +1,211 @@
+"""enable() and disable(): what changes is undone, and wrong uses fail aloud."""
+
+import copy
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from rotatek_compile.errors import RotateKError
+from rotatek_compile.geometry import geometry_of
+from rotatek_compile.runtime.cache import RotateKCache
+from rotatek_compile.runtime.enable import enable
+
+
+def state(model):
+    return (
+        model.config.text_config._attn_implementation,
+        model.config.vision_config._attn_implementation,
+        sorted(model.__dict__),
+        model.forward.__func__,
+        model._prepare_cache_for_generation.__func__,
+    )
+
+
+def test_everything_is_undone(model, ragged, make_artifact, generate):
+    before, stock = state(model), generate(model, ragged, 4)
+    with enable(model, make_artifact(0), backend="torch"):
+        assert model.config.text_config._attn_implementation == "rotatek"
+        assert model.config.vision_config._attn_implementation == before[1] == "sdpa"
+        inside = generate(model, ragged, 4)
+        assert isinstance(inside.cache, RotateKCache)
+    assert state(model) == before
+    again = generate(model, ragged, 4)
+    assert torch.equal(again.logits, stock.logits)
+    assert not torch.equal(again.logits, inside.logits)
+    assert isinstance(again.cache, DynamicCache)
+
+
+def test_undone_after_an_exception(model, make_artifact):
+    before = state(model)
+    with pytest.raises(ZeroDivisionError), enable(model, make_artifact(), backend="torch"):
+        raise ZeroDivisionError
+    assert state(model) == before
+
+
+def test_an_exception_inside_forward_leaves_no_token_kinds(model, ragged, make_artifact):
+    with enable(model, make_artifact(), backend="torch") as enabled:
+        cache = enabled.new_cache()
+        with pytest.raises(ValueError):
+            model(**dict(ragged, pixel_values=ragged["pixel_values"][:2], image_sizes=ragged["image_sizes"][:2]), past_key_values=cache)
+        assert cache.state.step is None
+
+
+def test_disable_twice_and_enable_again(model, make_artifact):
+    before = state(model)
+    enabled = enable(model, make_artifact(), backend="torch")
+    with pytest.raises(RotateKError, match="already enabled"):
+        enable(model, make_artifact(), backend="torch")
+    assert model.config.text_config._attn_implementation == "rotatek"
+    enabled.disable()
+    enabled.disable()
+    assert state(model) == before
+    with enable(model, make_artifact(), backend="torch"):
+        enabled.disable()  # the old one must not undo the new one
+        assert model.config.text_config._attn_implementation == "rotatek"
+
+
+def test_own_forward_of_the_caller_comes_back(model, make_artifact):
+    original = model.forward
+    wrapped = lambda *args, **kwargs: original(*args, **kwargs)  # noqa: E731
+    model.forward = wrapped
+    try:
+        with enable(model, make_artifact(), backend="torch"):
+            assert model.forward is not wrapped
+        assert model.forward is wrapped
+    finally:
+        del model.forward
+
+
+def test_cache_outside_of_enable(model, ragged, make_artifact):
+    with enable(model, make_artifact(), backend="torch") as enabled:
+        cache, late = enabled.new_cache(), enabled.new_cache()
+        with torch.no_grad():
+            model(**ragged, past_key_values=late)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="outside of rotatek_compile.enable"):
+            model(**ragged, past_key_values=cache)
+        # one more text token needs no kinds, but the stock kernel must not read the handle
+        with pytest.raises(AttributeError):
+            model(input_ids=torch.full((4, 1), 17), past_key_values=late)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_an_unaware_attention_function_fails(model, ragged, make_artifact, generate, implementation):
+    with enable(model, make_artifact(), backend="torch"):
+        model.set_attn_implementation({"text_config": implementation})
+        with pytest.raises(AttributeError):
+            generate(model, ragged, 2)
+
+
+def test_the_mask_is_registered(model, make_artifact):
+    with enable(model, make_artifact(), backend="torch"):
+        assert ALL_MASK_ATTENTION_FUNCTIONS["rotatek"] is ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def test_wrong_geometry(make_model, model, make_artifact):
+    for change, words in (
+        ({"num_hidden_layers": 2}, "3 text layers against 2"),
+        ({"num_key_value_heads": 4}, "layer 0 has KV heads 2 against 4"),
+        ({"head_dim": 16}, "layer 0 has head_dim 32 against 16"),
+    ):
+        other = make_model(**change)
+        before = state(other)
+        with pytest.raises(RotateKError, match=words):
+            enable(other, make_artifact(), backend="torch")
+        assert state(other) == before
+
+
+def test_without_a_cache_and_with_a_stock_one(model, ragged, make_artifact, generate):
+    stock = generate(model, ragged, 5)
+    with enable(model, make_artifact(0), backend="torch"):
+        none = generate(model, ragged, 5, use_cache=False)
+        own = generate(model, ragged, 5, past_key_values=DynamicCache(config=model.config.text_config))
+        static = generate(model, ragged, 5, cache_implementation="static", disable_compile=True)
+        plain = model(**ragged).logits
+    assert type(own.cache) is DynamicCache
+    assert not isinstance(static.cache, RotateKCache)
+    for got in (none, own, static):
+        assert torch.equal(got.tokens, stock.tokens)
+        assert (got.logits - stock.logits).abs().max() < 1e-4
+    assert torch.equal(plain, model(**ragged).logits)
+
+
+def test_two_models_in_one_process(make_model, model, ragged, make_artifact, generate, check_equal):
+    other = make_model(seed=1)
+    stock, other_stock = generate(model, ragged, 5), generate(other, ragged, 5)
+    assert not torch.equal(stock.tokens, other_stock.tokens)
+    with enable(model, make_artifact(), backend="torch"):
+        check_equal(generate(other, ragged, 5), other_stock)
+        with enable(other, make_artifact(8), backend="torch"):
+            check_equal(generate(model, ragged, 5), stock)
+            compressed = generate(other, ragged, 5)
+        assert (compressed.logits - other_stock.logits).abs().max() > 0.01
+        check_equal(generate(model, ragged, 5), stock)
+        assert torch.equal(generate(other, ragged, 5).logits, other_stock.logits)
+
+
+def test_bfloat16(make_model, ragged, make_artifact, generate):
+    model = make_model().to(torch.bfloat16)
+    inputs = dict(ragged, pixel_values=ragged["pixel_values"].bfloat16())
+    stock = generate(model, inputs, 1)
+    with enable(model, make_artifact(span="all"), backend="torch"), torch.no_grad():
+        cache = generate(model, inputs, 1).cache
+        mask = torch.cat([ragged["attention_mask"], torch.ones(4, 1, dtype=torch.int64)], 1)
+        positions = mask.sum(1, keepdim=True) - 1
+        step = {"input_ids": torch.full((4, 1), 17), "attention_mask": mask, "position_ids": positions}
+        got = model(**step, past_key_values=cache).logits.float()
+        assert cache.layers[0].store.keys.dtype == torch.bfloat16
+        dense = model(**step, past_key_values=stock.cache).logits.float()
+    assert (got - dense).abs().max() < 0.15 < 0.1 * (dense.max() - dense.min())
+
+
+def test_deepcopied_cache_is_independent_and_shares_the_artifact(model, ragged, make_artifact):
+    with torch.no_grad(), enable(model, make_artifact(8, prior_tokens=10**9), backend="torch") as enabled:
+        cache = enabled.new_cache()
+        model(**ragged, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        step = {"input_ids": torch.full((4, 1), 17), "attention_mask": torch.cat([ragged["attention_mask"], torch.ones(4, 1).long()], 1)}
+        first = model(**step, past_key_values=twin).logits
+        assert (cache.get_seq_length(), twin.get_seq_length()) == (ragged["input_ids"].shape[1], ragged["input_ids"].shape[1] + 1)
+        assert torch.equal(model(**step, past_key_values=cache).logits, first)
+    assert twin.artifact is cache.artifact
+
+
+def test_crop_refuses_coded_tokens(model, prompts, make_artifact):
+    """The window holds 60 + 4 raw text tokens, but only 4 + 1 come after the image."""
+    inputs = prompts.batch([[60, prompts.square, 4]])
+    with torch.no_grad(), enable(model, make_artifact(window=128), backend="torch") as enabled:
+        cache = enabled.new_cache()
+        model(**inputs, past_key_values=cache)
+        first = model(input_ids=torch.tensor([[17]]), past_key_values=cache).logits
+        with pytest.raises(RotateKError, match="only the newest 5"):
+            cache.crop(-6)
+        cache.crop(-1)
+        assert cache.get_seq_length() == 152
+        assert torch.equal(model(input_ids=torch.tensor([[17]]), past_key_values=cache).logits, first)
+        cache.crop(-5)
+        with pytest.raises(RotateKError, match="only the newest 0"):
+            cache.crop(-1)
+        again = model(input_ids=torch.cat([inputs["input_ids"][:, -4:], torch.tensor([[17]])], 1), past_key_values=cache).logits
+    assert (again[:, -1:] - first).abs().max() < 1e-4
+
+
+def test_another_type_of_the_same_geometry_warns(model, make_artifact, geometry):
+    from dataclasses import replace
+
+    with pytest.warns(UserWarning, match="compiled for model type other"):
+        enable(model, make_artifact(shape=replace(geometry, model_type="other")), backend="torch").disable()
+
+
+def test_fallback_can_be_switched_off(model, ragged, make_artifact, generate):
+    artifact = make_artifact(8, fallback=1e-6)
+    with enable(model, artifact, backend="torch"):
+        on = generate(model, ragged, 2).cache
+    with enable(model, artifact, backend="torch", fallback=False):
+        off = generate(model, ragged, 2).cache
+    assert [int(layer.store.fallback.sum()) for layer in on.layers] == [5 * 2] * 3
+    assert [int(layer.store.fallback.sum()) for layer in off.layers] == [0] * 3
+    assert artifact.method.fallback_factor == 1e-6
+    assert geometry_of(model.config) == artifact.geometry
