@@ -44,7 +44,6 @@ QUERY_HEADS, HEADS, DIM, WINDOW = 32, 8, 128, 128
 SCALING = DIM**-0.5
 SHAPES = {(1, 32768): 16, (8, 8192): 8, (32, 4096): 4, (32, 16384): 2}  # (B, T): layers in the graph
 RANKS = {"r32": [32] * 8, "r64": [64] * 8, "r128": [128] * 8, "mixed48": [16, 96, 32, 64, 24, 72, 40, 40], "dense": None}
-PROGRAMS: dict[str, int] = {}
 LIMITS = {False: 1e-2, True: 1e-2}  # one or two numbers per channel of the rotated query
 Step = Callable[[], object]
 
@@ -267,7 +266,7 @@ def measure_shape(results: Table, batch: int, tokens: int, count: int, quick: bo
     for name, ranks in RANKS.items():
         if quick and name not in ("r32", "dense"):
             continue
-        programs = PROGRAMS.get(name, 396)
+        programs = table.programs_for(batch * HEADS, torch.cuda.get_device_properties(0).multi_processor_count)
         layers = [make_layer(batch, tokens, ranks, seed).planned(programs) for seed in range(count)]
         size = read_bytes(batch, tokens, ranks)
         for two_part in (False, True) if name == "r32" else (False,):

@@ -97,6 +97,14 @@ class CacheView:
         return self.window_keys.shape[3]
 
 
+def programs_for(rows: int, multiprocessors: int) -> int:
+    """Splits to aim for with `rows` (b, h) pairs: 3 per multiprocessor, 8 once the rows alone fill the GPU.
+
+    Few splits keep the merge short; many leave no tail when every row has to be cut anyway (H100, bench_decode.py --sweep).
+    """
+    return (8 if rows >= multiprocessors else 3) * multiprocessors
+
+
 def plan_splits(
     table: Tensor,
     *,

@@ -23,13 +23,13 @@ from ..kernels.table import (
     CacheView,
     Kind,
     plan_splits,
+    programs_for,
 )
 from .online import HeadCode
 from .prepared import KindBasis
 
 WINDOW_STEP = 32  # tokens by which the window's buffer grows
 MERGE_AT = 8  # retired text blocks of one row are merged when there are this many
-PROGRAMS_PER_MULTIPROCESSOR = 3
 
 
 class Store:
@@ -49,8 +49,7 @@ class Store:
         self.table = np.zeros((batch, heads, 0, FIELDS), dtype=np.int64)
         self.table_on_device: Tensor | None = None
         self.fallback = np.zeros((batch, heads), dtype=np.int64)  # segments that needed more than the plan
-        self.window_keys = self._empty(batch, heads, 0, dim)
-        self.window_values = self._empty(batch, heads, 0, dim)
+        self.window = self._empty(2, batch, heads, 0, dim)  # Keys and Values, one storage: allocators round each storage up
         self.window_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.window_host = np.zeros(batch, dtype=np.int64)
         self._places: dict[str, int] = {}  # token kind -> start of its calibrated basis in `bases`
@@ -64,6 +63,16 @@ class Store:
     @property
     def batch(self) -> int:
         return self.table.shape[0]
+
+    @property
+    def window_keys(self) -> Tensor:
+        """Raw Keys of the newest text, [B, Hkv, C, D]."""
+        return self.window[0]
+
+    @property
+    def window_values(self) -> Tensor:
+        """Raw Values of the newest text, [B, Hkv, C, D]."""
+        return self.window[1]
 
     # -- the window -----------------------------------------------------------------------------------------------------------
 
@@ -107,15 +116,13 @@ class Store:
         self._view = None
 
     def _reserve_window(self, capacity: int) -> None:
-        have = self.window_keys.shape[2]
+        have = self.window.shape[3]
         if capacity <= have:
             return
         capacity = -(-capacity // WINDOW_STEP) * WINDOW_STEP
-        for name in ("window_keys", "window_values"):
-            grown = self._empty(self.batch, self.heads, capacity, self.dim)
-            grown[:, :, :have] = getattr(self, name)
-            setattr(self, name, grown)
-        self._view = None
+        grown = self._empty(2, self.batch, self.heads, capacity, self.dim)
+        grown[:, :, :, :have] = self.window
+        self.window, self._view = grown, None
 
     # -- segments -------------------------------------------------------------------------------------------------------------
 
@@ -165,9 +172,11 @@ class Store:
     def flush(self) -> None:
         """Move added segments into the pools; call once after a batch of `add_*`."""
         if self._pending:
-            self.keys = torch.cat([self.keys, *(part for parts, _ in self._pending for part in parts)])
-            self.values = torch.cat([self.values, *(part for _, parts in self._pending for part in parts)])
+            keys = [self.keys, *(part for parts, _ in self._pending for part in parts)]
+            values = [self.values, *(part for _, parts in self._pending for part in parts)]
             self._pending.clear()
+            self._set_pools(keys, values)
+            del keys, values
             self._merge_text()
         self.table_on_device = None
         self._view = None
@@ -275,8 +284,12 @@ class Store:
                 values.append(self.values[value])
                 value_end += value.stop - value.start
             entry[KEY_OFFSET], entry[VALUE_OFFSET] = key_parts[key.start, key.stop], value_parts[value.start, value.stop]
-        self.keys = torch.cat(keys) if keys else self._empty(0)
-        self.values = torch.cat(values) if values else self._empty(0)
+        self._set_pools(keys, values)
+
+    def _set_pools(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Make the pools of these parts. Both lie in one storage: allocators round each storage up, by as much as 1 MB on a GPU."""
+        sizes = [sum(part.numel() for part in parts) for parts in (keys, values)]
+        self.keys, self.values = torch.cat([*keys, *values, self._empty(0)]).split(sizes)
 
     # -- rows -----------------------------------------------------------------------------------------------------------------
 
@@ -286,7 +299,7 @@ class Store:
         index = torch.from_numpy(order).to(self.device)
         self.table, self.fallback = self.table[order], self.fallback[order]
         self.window_host = self.window_host[order]
-        self.window_keys, self.window_values = self.window_keys.index_select(0, index), self.window_values.index_select(0, index)
+        self.window = self.window.index_select(1, index)
         self.window_lengths = self.window_lengths.index_select(0, index)
         self.table_on_device = None
         self._view = None
@@ -307,7 +320,7 @@ class Store:
                     window_capacity=self.window_keys.shape[2],
                     head_dim=self.dim,
                     itemsize=self.dtype.itemsize,
-                    num_programs=PROGRAMS_PER_MULTIPROCESSOR * processors,
+                    num_programs=programs_for(self.batch * self.heads, processors),
                     device=self.device,
                 )
             self._view = CacheView(

@@ -71,7 +71,7 @@ def test_the_page_shows_the_answer(monkeypatch):
     for name, value in {"SHIFT": 0, "NOISE": 0, "PAPER": (255, 255), "INK": (0, 0), "INVERTED_ONE_IN": 2**62}.items():
         monkeypatch.setattr(forms_content, name, value)
     atlas = load_glyphs()
-    for sample in forms.Forms("evaluation").iterate(8):
+    for sample in forms.Forms("evaluation").iterate(3):
         text = []
         for image in sample.images:
             coverage = 255 - np.asarray(image)[:, :, 0].astype(int)

@@ -23,7 +23,7 @@ SQUARE, WIDE, TALL = (128, 128), (64, 128), (128, 64)  # height, width of images
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def build_model(seed: int = 0, **text: Any) -> Any:

@@ -80,3 +80,15 @@ def test_eight_blocks_merge(model, prompts, make_artifact, span):
     used = cache.layers[0].store.table[0, 0, :, store_module.LENGTH]
     assert used.max() >= 8 * 64
     assert (used > 0).sum() <= 2 + 7
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_old_text_of_a_prompt_leaves_in_whole_blocks(model, prompts, make_artifact, span):
+    with torch.no_grad(), enable(model, make_artifact(span=span), backend="torch") as enabled:
+        cache = enabled.new_cache()
+        model(**prompts.batch([[5, prompts.square, 150], [40]]), past_key_values=cache)
+    for layer in cache.layers:
+        lengths = layer.store.table[:, 0, :, store_module.LENGTH]
+        assert sorted(lengths[0].tolist()) == [64, 88]
+        assert lengths[1].sum() == 0
+        assert layer.store.window_host.tolist() == [5 + 150 - 64, 40]
