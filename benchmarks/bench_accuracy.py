@@ -130,7 +130,8 @@ def show(file: Path) -> None:
         cells = [f"{float(r['exact_match']):.3f} / {float(r['kl']):.1e}" for r in (row, pair)]
         share = float(row["kv_bytes"]) / float(row["kv_bytes_dense"])
         span = float(row["span_bytes"]) / float(row["span_bytes_dense"]) if float(row["span_bytes_dense"]) else 1.0
-        print(f"| {row['keep_ratio']} | {row['basis']} | {row['allocation'] or '-'} | {cells[0]} | {cells[1]} | {share:.3f} | {span:.3f} |")
+        sizes = f"{share:.3f} | {span:.3f}" if row["allocation"] else f"1 ({share:.2f} with padding) | 1"
+        print(f"| {row['keep_ratio']} | {row['basis']} | {row['allocation'] or '-'} | {cells[0]} | {cells[1]} | {sizes} |")
 
 
 def main() -> None:
