@@ -204,6 +204,7 @@ class RotateKLayer(CacheLayerMixin):
         Raises:
             RotateKError: the cut reaches into coded tokens.
         """
+        max_length = int(max_length)  # transformers 5.17 passes a tensor
         remove = -max_length if max_length <= 0 else max(self.logical_length - max_length, 0)
         if remove == 0 or not self.is_initialized:
             return
