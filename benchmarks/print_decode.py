@@ -23,8 +23,8 @@ def main(file: Path) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = []
         for shape in shapes:
-            best = min(times["SDPA cuDNN", *shape], times["SDPA flash", *shape])
-            cells.append(f" {times[method, *shape]:.0f} us, {best / times[method, *shape]:.2f}x |")
+            best = min(times[("SDPA cuDNN", *shape)], times[("SDPA flash", *shape)])
+            cells.append(f" {times[(method, *shape)]:.0f} us, {best / times[(method, *shape)]:.2f}x |")
         print(f"| {method} |" + "".join(cells))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -33,12 +34,22 @@ def run(command: click.Command) -> None:
             _fail(str(error))
         if isinstance(error, OSError) and error.filename is not None:
             _fail(f"{error.filename}: {error.strerror}; check the path and its permissions")
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough
+            _drop_output()
+            sys.exit(1)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _drop_output()
             _fail("no space is left to write to; free some and run the command again")
         if type(error).__name__ == "OutOfMemoryError":
             _fail("the GPU ran out of memory; lower --batch-size or use --dtype bfloat16")
         raise
     sys.exit(0)
+
+
+def _drop_output() -> None:
+    # what is still buffered would fail again when the interpreter flushes it at exit
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(sentence: str, code: int = 1) -> None:

@@ -48,7 +48,9 @@ def test_exit_codes():
     assert ended.stderr == "error: artifact /no/artifact does not exist; make one with rotatek-compile\n"
 
 
-def test_full_standard_output():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_full_standard_output(unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with open("/dev/full", "w") as full:  # noqa: PTH123
         ended = command("rotatek-compile", "--list-models", capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert (ended.returncode, ended.stderr) == (1, "error: no space is left to write to; free some and run the command again\n")
@@ -85,7 +87,8 @@ def test_interrupt_while_calibrating(checkpoint, data_file, tmp_path, untouched,
     """Ctrl-C in the second batch of a real process; the batch is slowed down so that the signal lands in it."""
     (tmp_path / "slow").mkdir()
     code = (
-        "import sys, time\nfrom rotatek_compile import calibrate\nfrom rotatek_compile.commands import main\nfast = calibrate.run_batch\n"
+        "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may start with it ignored\n"
+        "from rotatek_compile import calibrate\nfrom rotatek_compile.commands import main\nfast = calibrate.run_batch\n"
         "def run_batch(model, batch, collector, *rest):\n"
         "    if collector.moments.documents:\n        print('second batch', flush=True)\n        time.sleep(60)\n"
         "    fast(model, batch, collector, *rest)\n"
@@ -120,3 +123,18 @@ def test_file_size_limit(checkpoint, data_file, tmp_path, untouched, small_run):
     assert ended.stderr.splitlines()[-1].startswith("error: could not ")
     untouched(tmp_path, "cache")
     untouched(tmp_path / "cache")
+
+
+def test_reader_of_a_pipe_that_leaves_early(compiled):
+    """`rotatek-inspect ARTIFACT | head` must not end in a traceback, buffered or not."""
+    binary = Path(sys.executable).parent / "rotatek-inspect"
+    for unbuffered in ("", "1"):
+        process = subprocess.Popen(
+            [str(binary), str(compiled), "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=60)) == ("", 1)
