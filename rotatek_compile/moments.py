@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .geometry import Geometry
 
-KINDS = ("visual", "text")
-
 
 @dataclass(slots=True)
 class Moments:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache import RotateKCache, RotateKLayer
+from .cache import RotateKLayer
 
 DENSE_ITEMSIZE = 2  # sizes are compared at 2 bytes a number, whatever the compute dtype (DESIGN.md §3)
 
@@ -101,6 +101,3 @@ def _layer_bytes(layer: RotateKLayer, tokens: int | None) -> CacheBytes:
         dense=real * per_token,
         fallback_heads=int(store.fallback.sum()),
     )
-
-
-__all__ = ["CacheBytes", "RotateKCache", "cache_bytes", "cache_tensors", "storage_bytes"]

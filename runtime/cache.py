@@ -23,7 +23,7 @@ from ..kernels.table import BLOCK
 from .backends import Backend
 from .online import code_segment, code_segment_as_published
 from .prepared import PreparedArtifact, PreparedLayer
-from .segments import TEXT, VISUAL, Step, plain_step
+from .segments import VISUAL, Step, plain_step
 from .store import Store
 
 
@@ -260,12 +260,6 @@ class RotateKCache(Cache):
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
         super().__init__(layers=layers)
 
-    def compressed_layers(self) -> list[RotateKLayer]:
-        return [layer for layer in self.layers if isinstance(layer, RotateKLayer) and layer.is_initialized]
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for layer in self.layers:
             layer.reorder_cache(beam_idx)
-
-
-__all__ = ["TEXT", "CallState", "Handle", "RotateKCache", "RotateKLayer"]

@@ -46,7 +46,6 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
 
         click.echo(json.dumps(DATASETS) if as_json else "\n".join(f"{name:18} {what}" for name, what in DATASETS.items()))
         return
-    options.pop("list_data", None)
     if model is None or calib is None:
         raise UsageError(f"--{'model' if model is None else 'calib'} is missing; see --list-models and --list-data")
     if options["resume"] and dry_run:
