@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+BAR_MARGIN = 3  # blank pixels above and below a bar
 FOLDER = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlyphAtlas:
-    """`coverage` is uint8 [styles, characters, cell, cell]: how much ink a pixel carries, 0 to 255. A style is a font at a size."""
+    """`coverage` is uint8 [styles, characters + 1, cell, cell]: how much ink a pixel carries, 0 to 255. A style is a font at a size.
+
+    The last glyph is no character but a filled cell, for bars.
+    """
 
     coverage: np.ndarray
     characters: str
@@ -40,6 +44,8 @@ def load_glyphs() -> GlyphAtlas:
     with Image.open(FOLDER / "forms_glyphs.png") as image:
         flat = np.asarray(image, dtype=np.uint8)
     coverage = flat.reshape(len(styles), cell, len(characters), cell).transpose(0, 2, 1, 3)
-    coverage = np.ascontiguousarray(coverage)
+    bar = np.zeros((len(styles), 1, cell, cell), dtype=np.uint8)
+    bar[:, :, BAR_MARGIN : cell - BAR_MARGIN] = 255
+    coverage = np.concatenate([coverage, bar], axis=1)
     coverage.setflags(write=False)
     return GlyphAtlas(coverage=coverage, characters=characters, styles=styles)

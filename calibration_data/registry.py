@@ -7,12 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .bundled import SETS, BundledSet
 from .errors import DataError
-from .forms import Forms
 from .local import open_local
 from .sample import Sample
 
-DATASETS = {"forms": "generated documents of 1 to 3 pages, one field looked up; bundled, no download"}
+DATASETS = {
+    "forms": "pages of key: value fields; look-up, missing keys, larger of two, which page",
+    "tables": "pages with a table; a cell by row and column, counting",
+    "letters": "pages of text lines; copy one by its first word or its number",
+    "charts": "pages with a bar chart; read a value",
+    "mixed": "documents of all these pages, all skills in turn",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,17 @@ class DataSource:
 
 
 def open_data(name: str, split: str, seed: int = 0) -> DataSource:
-    """Open a data set by name or path. `split` is `calibration` or `evaluation`; local files have only one and ignore it.
+    """Open a data set by name, NAME:SKILL (one skill of a bundled set) or path. `split` is `calibration` or `evaluation`; local files have only one and ignore it.
 
     Raises:
         DataError: unknown name, missing path, unreadable file or missing columns; for a path it is checked here, before any work.
     """
-    if name == "forms":
-        return DataSource(name, split, None, None, Forms(split, seed).sample)
+    bundled, _, skill = name.partition(":")
+    if bundled in SETS:
+        skills = SETS[bundled][1]
+        if ":" in name and skill not in skills:
+            raise DataError(f"unknown skill in {name!r}; {bundled} has {', '.join(f'{bundled}:{known}' for known in skills)}")
+        return DataSource(name, split, None, None, BundledSet(bundled, split, seed, skill or None).sample)
     path = Path(name).expanduser()
     if name.strip() and path.exists():
         content = open_local(path)

@@ -9,9 +9,10 @@ from PIL import Image
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """`images` are the pages in reading order; any of `answers` counts as right."""
+    """`images` are the pages in reading order; any of `answers` counts as right; `skill` sorts questions, where a set has several."""
 
     id: str
     images: tuple[Image.Image, ...]
     question: str
     answers: tuple[str, ...]
+    skill: str = ""

@@ -14,8 +14,8 @@ import torch
 from .errors import RotateKError, UsageError
 from .geometry import Geometry, geometry_of
 
-BUNDLED = "tiny-llava-next"
-ALIASES = {BUNDLED: "bundled with this package", "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf"}
+BUNDLED = {"tiny-llava-next": "tiny_llava_next", "tiny-qwen3-vl": "tiny_qwen3_vl"}  # alias -> folder in calibration_data/
+ALIASES = dict.fromkeys(BUNDLED, "bundled with this package") | {"llava-next": "llava-hf/llava-v1.6-mistral-7b-hf"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FINGERPRINT_CHUNKS = 64  # pieces of 4 KiB hashed of each weight file
 
@@ -35,11 +35,11 @@ class Source:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code} if not self.is_local else {}
 
 
-def bundled_path() -> Path:
-    """Directory of the bundled checkpoint, in a checkout as in an installation."""
+def bundled_path(alias: str) -> Path:
+    """Directory of a bundled checkpoint, in a checkout as in an installation."""
     from . import calibration_data
 
-    return Path(calibration_data.__path__[0]) / "tiny_llava_next"
+    return Path(calibration_data.__path__[0]) / BUNDLED[alias]
 
 
 def resolve(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
@@ -51,8 +51,8 @@ def resolve(name: str, revision: str | None = None, trust_remote_code: bool = Fa
     """
     if revision is not None and name not in ALIASES and Path(name).expanduser().is_dir():
         raise UsageError(f"--revision {revision} is for Hub models, but {name} is a local directory; leave it out")
-    if name == BUNDLED:
-        return Source(name=BUNDLED, location=str(bundled_path()), revision=None, is_local=True)
+    if name in BUNDLED:
+        return Source(name=name, location=str(bundled_path(name)), revision=None, is_local=True)
     if name in ALIASES:
         return Source(name=ALIASES[name], location=ALIASES[name], revision=revision, is_local=False, trust_remote_code=trust_remote_code)
     choices = f"{', '.join(sorted(ALIASES))}, a local directory, or a Hub id like org/name"
@@ -108,9 +108,6 @@ def checked_geometry(config: Any) -> Geometry:
     if not geometry.compressible:
         kinds = sorted({layer.layer_type for layer in geometry.layers})
         raise RotateKError(f"nothing to compress: {config.model_type!r} has no full_attention layer, only {', '.join(kinds)}")
-    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    if "mrope_section" in rope:
-        raise RotateKError(f"model type {config.model_type!r} uses M-RoPE positions, which this version cannot calibrate yet")
     for index in geometry.compressible:
         if geometry.layers[index].head_dim % 8:
             raise RotateKError(f"head_dim {geometry.layers[index].head_dim} of layer {index} is not a multiple of 8; it is not supported")
@@ -174,16 +171,26 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
 def load_processor(source: Source, directory: Path | None = None) -> Any:
     """The processor, from `directory` (an artifact that carries its files) or from the source.
 
+    Where torchvision is missing, a processor that also takes videos is loaded for images and text alone (processors.py).
+
     Raises:
         RotateKError: it cannot be read, or has no chat template.
     """
     from transformers import AutoProcessor
 
+    location: str | Path = source.location
+    arguments = source.arguments
+    if directory is not None and any((directory / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        location, arguments = directory, {}
     try:
-        if directory is not None and any((directory / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-            processor = AutoProcessor.from_pretrained(directory)
-        else:
-            processor = AutoProcessor.from_pretrained(source.location, **source.arguments)
+        try:
+            processor = AutoProcessor.from_pretrained(location, **arguments)
+        except (ImportError, ValueError):  # which of the two depends on how the checkpoint names its video processor
+            from .processors import load_without_videos
+
+            processor = load_without_videos(location, **arguments)
+            if processor is None:
+                raise
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise RotateKError(f"could not load the processor of {source.name}: {_first_line(error)}") from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rotatek_compile.answer import answer_once, comparison
 from rotatek_compile.api import load_base
 from rotatek_compile.artifact import read_artifact
-from rotatek_compile.calibration_data.forms import Forms
+from rotatek_compile.calibration_data.bundled import BundledSet
 from rotatek_compile.runtime.enable import enable
 
 DOCUMENTS = (1, 5, 0)  # of one, two and three pages
@@ -22,7 +22,7 @@ def main(artifact_path: Path) -> int:
     model, processor = load_base(artifact)
     wrong = 0
     for number in DOCUMENTS:
-        sample = Forms("evaluation").sample(number)
+        sample = BundledSet("mixed", "evaluation").sample(number)
         images = list(sample.images)
         print(f"\n{len(images)} page(s). {sample.question}   (on the page: {sample.answers[0]})")
         with enable(model, artifact):

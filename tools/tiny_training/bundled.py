@@ -19,6 +19,8 @@ if _PACKAGE not in sys.modules:
     _package.__path__ = [str(ROOT / "calibration_data")]
     sys.modules[_PACKAGE] = _package
 
-forms = importlib.import_module(f"{_PACKAGE}.forms")
-forms_content = importlib.import_module(f"{_PACKAGE}.forms_content")
+bundled = importlib.import_module(f"{_PACKAGE}.bundled")
+drawing = importlib.import_module(f"{_PACKAGE}.drawing")
+draws = importlib.import_module(f"{_PACKAGE}.draws")
 glyphs = importlib.import_module(f"{_PACKAGE}.glyphs")
+page = importlib.import_module(f"{_PACKAGE}.page")

@@ -6,7 +6,7 @@ tests/tools/test_batched_forward.py shows that it equals the library's forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
 
-from .llava_next import FIRST_CHARACTER, NEWLINE, PATCH, TILE, USER
+from .bundled import page
+from .llava_next import FIRST_CHARACTER, NEWLINE, PATCH, TILE, UNKNOWN, USER
 
 GRID = TILE // PATCH
 AUXILIARY_SCALE = 4.0
@@ -35,34 +36,43 @@ def _vision_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
     return layer.forward(hidden, attention_mask=None)
 
 
-def _text_layer(layer: nn.Module, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def text_layer(layer: nn.Module, hidden: Tensor, cosine: Tensor, sine: Tensor, reading: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """One text layer; `reading` goes to the attention function, and what that says of its reading comes back (routing.py)."""
+    masses: list[Tensor] = []
+    if reading:
+        reading = {**reading, "masses": masses}
     # Without a mask the attention function falls back to plain causal attention, which is what end-padded rows need.
-    return layer.forward(hidden, attention_mask=None, position_embeddings=(cosine, sine))
+    return layer.forward(hidden, attention_mask=None, position_embeddings=(cosine, sine), **reading), masses
 
 
 @dataclass(slots=True)
 class Losses:
-    """Scalars: `answer` and `auxiliary` cross-entropies in nats, `accuracy` the fraction of answer tokens predicted right."""
+    """Scalars `answer` and `auxiliary`: cross-entropies in nats; `hit` bool [B, L]: which tokens were predicted right;
+    `masses`: per layer, the attention [B, T, Hq] that heads pay to pages, where asked for.
+    """
 
     answer: Tensor
     auxiliary: Tensor
-    accuracy: Tensor
+    hit: Tensor
+    masses: list[Tensor]
 
 
 class BatchedForward:
     """Vision, projector, merge, language model and losses on whole batches."""
+
+    after_page = 1  # tokens between a page's last visual token and the text: its newline
 
     def __init__(self, model: LlavaNextForConditionalGeneration, compile_layers: bool = False) -> None:
         self.model = model
         self.tower = model.model.vision_tower
         self.language = model.model.language_model
         self.vision_layer: Callable[..., Tensor] = _vision_layer
-        self.text_layer: Callable[..., Tensor] = _text_layer
+        self.text_layer: Callable[..., Tensor] = text_layer
         if compile_layers:
             # One layer at a time: all layers of a tower share one compiled graph, which costs seconds where the whole model costs a minute
             # for each page count.
             self.vision_layer = torch.compile(_vision_layer, dynamic=False)
-            self.text_layer = torch.compile(_text_layer, dynamic=False)
+            self.text_layer = torch.compile(text_layer, dynamic=False)
 
     def visual_tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixel values [N, 5, 3, TILE, TILE] to projected base tokens [N, GRID², C] and page grids [N, 2 GRID, 2 GRID, C]."""
@@ -84,36 +94,53 @@ class BatchedForward:
         user, text = words(tokens.new_full((batch, 1), USER)), words(tokens)
         return torch.cat((user.to(page.dtype), page, text.to(page.dtype)), dim=1)
 
-    def text_states(self, embeddings: Tensor) -> Tensor:
-        """Final hidden states [B, T, C] of the causal language model."""
+    def page_columns(self, pages: int) -> list[slice]:
+        """Where the visual tokens of every page stand in the embedded sequence."""
+        length = 5 * GRID * GRID + 2 * GRID
+        return [slice(1 + number * (length + 1), (number + 1) * (length + 1)) for number in range(pages)]
+
+    def text_states(self, embeddings: Tensor, reading: Sequence[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+        """Final hidden states [B, T, C] of the causal language model, and masses; `reading` has an entry per layer, or is empty."""
         positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
         cosine, sine = self.language.rotary_emb(embeddings, position_ids=positions)
-        hidden = embeddings
-        for layer in self.language.layers:
-            hidden = self.text_layer(layer, hidden, cosine, sine)
-        return self.language.norm(hidden)
+        hidden, masses = embeddings, []
+        for number, layer in enumerate(self.language.layers):
+            hidden, mass = self.text_layer(layer, hidden, cosine, sine, reading[number] if reading else {})
+            masses += mass
+        return self.language.norm(hidden), masses
 
-    def text_logits(self, pixels: Tensor, pages: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits that predict `tokens` [B, L, vocabulary], and the page grids."""
+    def text_logits(
+        self, pixels: Tensor, pages: int, tokens: Tensor, reading: Sequence[dict[str, Tensor]] = ()
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logits that predict `tokens` [B, L, vocabulary], the page grids, and masses."""
         base, grid = self.visual_tokens(pixels)
-        states = self.text_states(self.embed(base, grid, pages, tokens))
-        return self.model.lm_head(states[:, -tokens.shape[1] - 1 : -1]), grid
+        states, masses = self.text_states(self.embed(base, grid, pages, tokens), reading)
+        return self.model.lm_head(states[:, -tokens.shape[1] - 1 : -1]), grid, masses
 
-    def losses(self, pixels: Tensor, pages: int, tokens: Tensor, answer: Tensor, cells: Tensor) -> Losses:
-        """Losses of a packed batch; `cells` are atlas codes [B, pages, rows, columns]."""
-        logits, grid = self.text_logits(pixels, pages, tokens)
-        loss, accuracy = masked_cross_entropy(logits, tokens, answer.float())
-        characters = AUXILIARY_SCALE * (grid.flatten(1, 2) @ self.language.embed_tokens.weight.T)
-        cells = cells.reshape(characters.shape[:2])
-        weight = torch.where(cells == 0, BLANK_WEIGHT, 1.0)
-        auxiliary, _ = masked_cross_entropy(characters, cells + FIRST_CHARACTER, weight)
-        return Losses(loss, auxiliary, accuracy)
+    def losses(
+        self, pixels: Tensor, pages: int, tokens: Tensor, answer: Tensor, cells: Tensor, reading: Sequence[dict[str, Tensor]] = ()
+    ) -> Losses:
+        """Losses of a packed batch; `cells` are codes [B, pages, rows, columns]."""
+        logits, grid, masses = self.text_logits(pixels, pages, tokens, reading)
+        loss, hit = masked_cross_entropy(logits, tokens, answer.float())
+        return Losses(loss, character_loss(grid, self.language.embed_tokens.weight, cells, FIRST_CHARACTER, UNKNOWN), hit, masses)
+
+
+def character_loss(grid: Tensor, embeddings: Tensor, cells: Tensor, first_character: int, unknown: int) -> Tensor:
+    """Cross-entropy of reading each cell's character off its visual token by the text embeddings; bars are the unknown token.
+
+    grid [N, rows, columns, C], embeddings [vocabulary, C], cells [B, pages, rows, columns] with B * pages = N. It puts visual tokens and text
+    embeddings into one space, without which nothing is learned for minutes.
+    """
+    characters = AUXILIARY_SCALE * (grid.flatten(1, 2) @ embeddings.T)
+    cells = cells.reshape(characters.shape[:2]).long()
+    target = torch.where(cells == page.BAR, unknown, cells + first_character)
+    loss, _ = masked_cross_entropy(characters, target, torch.where(cells == 0, BLANK_WEIGHT, 1.0))
+    return loss
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean cross-entropy and weighted accuracy of [..., vocabulary] logits."""
+    """Weighted mean cross-entropy of [..., vocabulary] logits, and where their largest is the target, bool like `targets`."""
     logits = logits.float()
     each = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(weight)
-    total = weight.sum().clamp_min(1.0)
-    hit = (logits.detach().argmax(-1) == targets).float()
-    return (each * weight).sum() / total, (hit * weight).sum() / total
+    return (each * weight).sum() / weight.sum().clamp_min(1.0), logits.detach().argmax(-1) == targets

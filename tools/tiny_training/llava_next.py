@@ -17,12 +17,15 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from .documents import Vocabulary
+
 TILE, PATCH, PAGE = 160, 16, 320  # pixels; a patch of a page's tiles is one character cell
 SPECIAL = ("<pad>", "<unk>", "<eos>", "<|user|>", "<|assistant|>", "<image>")
 PAD, UNKNOWN, EOS, USER, ASSISTANT, IMAGE = range(len(SPECIAL))
 NEWLINE = len(SPECIAL)
 FIRST_CHARACTER = NEWLINE + 1  # token of a space; the printable ASCII characters follow in order
 VOCABULARY = FIRST_CHARACTER + 95
+TOKENS = Vocabulary(pad=PAD, eos=EOS, user=USER, assistant=ASSISTANT, first_character=FIRST_CHARACTER)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -82,12 +85,12 @@ def build_processor() -> LlavaNextProcessor:
 
 def build_config(
     *,
-    hidden: int = 320,
+    hidden: int = 256,
     layers: int = 6,
-    heads: int = 4,
-    kv_heads: int = 2,
+    heads: int = 8,
+    kv_heads: int = 4,
     head_dim: int = 128,
-    feed_forward: int = 768,
+    feed_forward: int = 640,
     vision_hidden: int = 192,
     vision_layers: int = 4,
     vision_feed_forward: int = 576,

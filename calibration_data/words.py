@@ -1,22 +1,10 @@
-"""What is written on `forms` pages: the keys, the kinds of values, and the ranges every random choice is drawn from.
-
-Kept apart from the drawing so that the trainer of the bundled checkpoint can compose the same documents on a GPU.
-"""
+"""The vocabulary of bundled documents: words for labels, and kinds of values."""
 
 from __future__ import annotations
 
 import string
 
-CELLS = 20  # characters per row, rows per page
-MAX_PAGES = 3
-ROWS = (6, 18)  # fields on one page, both ends included
-MAX_KEY = 9
-MAX_VALUE = 9  # MAX_KEY + len(": ") + MAX_VALUE fits a row exactly
-PAPER = (200, 255)  # grey of the lighter colour of a page
-INK = (0, 90)  # grey of the darker one
-SHIFT = 2  # the print of a page is displaced by up to this many pixels in both directions
-NOISE = 8  # largest amplitude of the uniform noise, in grey levels
-INVERTED_ONE_IN = 8  # one page in so many is light on dark
+from .draws import Draws
 
 _WORDS = """
     account address agent agenda amount annex area asset audit author bank batch bay bill bin block board bonus book box branch budget
@@ -30,11 +18,6 @@ _WORDS = """
     wage ward weight width witness yard year zip zone
 """
 WORDS = tuple(_WORDS.split())
-SINGLE_KEYS = tuple(word for word in WORDS if len(word) <= MAX_KEY)
-PAIR_KEYS = tuple(f"{first} {second}" for first in WORDS for second in WORDS if first != second and len(first) + len(second) < MAX_KEY)
-KEYS = SINGLE_KEYS + PAIR_KEYS
-# Relative odds of a key being drawn: both sorts together weigh about the same, though there are many more pairs than words.
-SINGLE_WEIGHT = round(len(PAIR_KEYS) / len(SINGLE_KEYS))
 
 # A kind of value is a sequence of slots; each slot is a choice among strings of one length, so that a kind has one length too.
 Slot = tuple[str, ...]
@@ -69,7 +52,6 @@ VALUE_KINDS: tuple[tuple[Slot, ...], ...] = tuple(
     map(
         _slots,
         (
-            "ndd", "nddd", "ndddd", "nddddd",  # numbers
             "$n.dd", "$nd.dd", "$ndd.dd", "n,ddd.dd", "nd%", "n.d%",  # amounts
             "M/D/dd", "D B dd", "20dd-M", "H:T",  # dates and times
             "UU-dddd", "UdddU", "dddd-UU", "#ddddd", "UUU dd", "dd.dd.U",  # codes
@@ -79,6 +61,6 @@ VALUE_KINDS: tuple[tuple[Slot, ...], ...] = tuple(
 )  # fmt: skip
 
 
-def question_about(key: str) -> str:
-    """The question whose answer is the value behind `key`."""
-    return f"What is the {key}?"
+def draw_value(draws: Draws) -> str:
+    """A value of a random kind: an amount, a date, a code or a name; at most 9 characters."""
+    return "".join(draws.one_of(slot) for slot in draws.one_of(VALUE_KINDS))
