@@ -16,10 +16,10 @@ DENSE_ITEMSIZE = 2  # sizes are compared at 2 bytes a number, whatever the compu
 class CacheBytes:
     """Bytes of one cache. `stored` is what is allocated; the others count codes and raw numbers at 2 bytes each.
 
-    total: everything; span: coded segments with all they need (codes, Values, means, own bases); window: raw text (window and
-    older dense text); basis: own bases, part of span; slack: block padding and unused window, part of span or window;
-    tables: segment tables, lengths and work lists; dense: the stock cache for the same tokens; span_dense: the stock cache for
-    the coded tokens; fallback_heads: (sequence, head, segment) triples that kept more than planned.
+    total: everything; span: coded segments with all they need (codes, Values, means, own bases, or a rival's parts); window: raw
+    text (window and older dense text); basis: own bases, part of span; slack: block padding and unused window, part of span or
+    window; tables: segment tables, lengths and work lists; dense: the stock cache for the same tokens; span_dense: the stock cache
+    for the coded tokens; fallback_heads: (sequence, head, segment) triples that kept more than planned.
     """
 
     stored: int = 0
@@ -47,8 +47,7 @@ def cache_tensors(cache: Cache) -> list[Tensor]:
     tensors: list[Tensor] = []
     for layer in cache.layers:
         if isinstance(layer, RotateKLayer):
-            if layer.is_initialized:
-                tensors.extend(layer.store.tensors().values())
+            tensors.extend(layer.tensors())
         else:
             tensors.extend(t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor))
     return tensors
@@ -78,19 +77,20 @@ def _layer_bytes(layer: RotateKLayer, tokens: int | None) -> CacheBytes:
     store = layer.store
     parts = store.tensors()
     size = DENSE_ITEMSIZE
-    coded_tokens = store.coded_tokens()
+    rival = layer.spans
+    coded_tokens = store.coded_tokens() + (rival.tokens() if rival is not None else 0)
     dense_numbers = store.dense_text_elements()
     basis = parts["bases"].numel() * size if "bases" in parts else 0
     span = (parts["keys"].numel() + parts["values"].numel() - dense_numbers) * size + storage_bytes([parts["means"]]) + basis
+    span += rival.bytes() if rival is not None else 0
     window_numbers = parts["window_keys"].numel() + parts["window_values"].numel()
     window = (window_numbers + dense_numbers) * size
     tables = storage_bytes([parts[k] for k in ("window_lengths", "table", "splits", "ranges") if k in parts])
-    used = int(store.window_host.sum()) * store.heads * 2 * store.dim
-    slack = (store.slack_elements() + window_numbers - used) * size
+    slack = (store.slack_elements() + window_numbers - store.window.used_elements()) * size
     per_token = 2 * store.heads * store.dim * size
     real = tokens if tokens is not None else store.batch * layer.logical_length
     return CacheBytes(
-        stored=storage_bytes(list(parts.values())),
+        stored=storage_bytes(layer.tensors()),
         total=span + window + tables,
         span=span,
         span_dense=coded_tokens * per_token,

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import RotateKError
 from ..kernels.decode_torch import (
+    Partials,
     decode_attention_reconstruct,
-    decode_attention_torch,
     finish,
     merge_partials,
     partials_of,
@@ -53,7 +53,11 @@ class TorchBackend:
         return max(1, MOST_ROWS // group)
 
     def decode(self, query: Tensor, view: CacheView, scaling: float) -> Tensor:
-        return decode_attention_torch(query, view, scaling)
+        return finish(self.stored(query, view, scaling, causal_window=True)).to(query.dtype)
+
+    def stored(self, query: Tensor, view: CacheView, scaling: float, causal_window: bool) -> Partials:
+        """Unfinished attention over everything stored; arguments and result as `segment_partials`."""
+        return segment_partials(query, view, scaling, causal_window)
 
     def extend(self, query: Tensor, view: CacheView, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         visible = visible_new(mask, query.shape[2], query.device)
@@ -62,7 +66,7 @@ class TorchBackend:
         return torch.cat([self._extend(query[:, :, p], view, keys, values, visible[:, :, p], scaling) for p in parts], dim=2)
 
     def _extend(self, query: Tensor, view: CacheView, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Tensor:
-        old = segment_partials(query, view, scaling, causal_window=False)
+        old = self.stored(query, view, scaling, causal_window=False)
         batch, heads, new, dim = query.shape
         dtype = old[2].dtype
         rows = query.to(dtype).reshape(batch, keys.shape[1], -1, new, dim)  # [B, Hkv, G, T, D]

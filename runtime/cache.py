@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
-from ..errors import RotateKError
+from ..errors import RotateKError, UsageError
 from ..geometry import FULL_ATTENTION
 from ..kernels.table import BLOCK
 from .backends import Backend
+from .coder import Coder, real_queries
 from .online import code_segment, code_segment_as_published
 from .prepared import PreparedArtifact, PreparedLayer
 from .segments import VISUAL, Step, plain_step
+from .spans import CodedSpans, SpansBackend
 from .store import Store
 
 
@@ -87,17 +89,21 @@ class RotateKLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, index: int, artifact: PreparedArtifact, state: CallState, backend: Backend) -> None:
+    def __init__(self, index: int, artifact: PreparedArtifact, state: CallState, backend: Backend, coder: Coder | None = None) -> None:
         super().__init__()
-        self.index, self.artifact, self.state, self.backend = index, artifact, state, backend
+        self.index, self.artifact, self.state, self.backend, self.coder = index, artifact, state, backend, coder
         self.logical_length = 0
         self.tail = 0  # newest columns that are text in every row: those a caller may crop while they are raw
         self.store: Store = None  # type: ignore[assignment]
+        self.spans: CodedSpans | None = None  # image segments of a rival method
         self.prepared: PreparedLayer = None  # type: ignore[assignment]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, dim = key_states.shape
-        self.prepared = self.artifact.layer(self.index, key_states.device, key_states.dtype)
+        if self.coder is None:
+            self.prepared = self.artifact.layer(self.index, key_states.device, key_states.dtype)
+        else:
+            self.prepared = self.artifact.plain_layer(self.index)
         expected = self.prepared.geometry
         if (heads, dim) != (expected.kv_heads, expected.head_dim) or value_states.shape[-1] != dim:
             raise RotateKError(
@@ -105,6 +111,9 @@ class RotateKLayer(CacheLayerMixin):
                 f"{expected.kv_heads} of {expected.head_dim}; compile an artifact for this model"
             )
         self.store = Store(batch, heads, dim, key_states.dtype, key_states.device)
+        if self.coder is not None:
+            self.spans = CodedSpans(batch)
+            self.backend = SpansBackend(self.spans)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, Handle]:  # type: ignore[override]
@@ -118,7 +127,7 @@ class RotateKLayer(CacheLayerMixin):
             self._retire()
         self.logical_length += length
         if appended:
-            self.store.append_window(key_states, value_states)
+            self.store.window.append(key_states, value_states)
             self.tail += length
         handle = Handle(self, step, key_states, value_states, appended)
         return handle, handle
@@ -131,7 +140,7 @@ class RotateKLayer(CacheLayerMixin):
         for row, runs in enumerate(step.rows):
             for run in runs:
                 if run.kind == VISUAL:
-                    self._code(row, "visual", keys[row, :, run.start : run.end], values[row, :, run.start : run.end], query[row])
+                    self._code(row, "visual", keys[row, :, run.start : run.end], values[row, :, run.start : run.end], query[row], step)
             columns = torch.from_numpy(step.text_columns(row)).to(keys.device)
             if not columns.numel():
                 continue
@@ -140,30 +149,27 @@ class RotateKLayer(CacheLayerMixin):
             if old >= BLOCK:  # older than the window: whole blocks leave it at once
                 old -= old % BLOCK
                 if method.span == "all":
-                    self._code(row, "text", text_keys[:, :old], text_values[:, :old], query[row])
+                    self._code(row, "text", text_keys[:, :old], text_values[:, :old], query[row], step)
                 else:
                     self.store.add_dense(row, text_keys[:, :old], text_values[:, :old])
                 text_keys, text_values = text_keys[:, old:], text_values[:, old:]
-            self.store.append_row(row, text_keys, text_values)
+            self.store.window.append_row(row, text_keys, text_values)
         self.store.flush()
         self.tail = self.tail + step.length if step.plain_text else step.text_tail()
 
-    def _code(self, row: int, kind: str, keys: Tensor, values: Tensor, query: Tensor) -> None:
+    def _code(self, row: int, kind: str, keys: Tensor, values: Tensor, query: Tensor, step: Step) -> None:
         prepared, method = self.prepared, self.prepared.method
+        if self.spans is not None and self.coder is not None:
+            queries = real_queries(query, prepared.geometry.kv_heads, step.rows[row])
+            self.spans.add(row, self.coder.code(self.index, keys, values, queries))
+            return
         basis, exact = prepared.kinds[kind], keys.float()
         if method.basis == "paper":
-            grouped = query.float().unflatten(0, (prepared.geometry.kv_heads, -1))  # [Hkv, G, T, D]
-            mean, codes = code_segment_as_published(exact, grouped[:, :, self._real_columns(row)], prepared.ranks)
+            queries = real_queries(query, prepared.geometry.kv_heads, step.rows[row])
+            mean, codes = code_segment_as_published(exact, queries.float(), prepared.ranks)
         else:
             mean, codes = code_segment(exact, basis, prepared.ranks, method.prior_tokens, method.fallback_factor)
         self.store.add_coded(row, exact, values, mean, codes, basis)
-
-    def _real_columns(self, row: int) -> Tensor:
-        """Columns of this call that are no padding, for the queries the published basis reads."""
-        step = self.state.step
-        assert step is not None  # commit() runs inside the call that announced it
-        columns = [torch.arange(run.start, run.end) for run in step.rows[row]]
-        return torch.cat(columns).to(self.store.device)
 
     def _retire(self) -> None:
         """Move the oldest text out of windows that are a block over their size; the newest `window` tokens always stay raw.
@@ -171,17 +177,17 @@ class RotateKLayer(CacheLayerMixin):
         Runs before a call's tokens are appended, so what a caller may still crop (at most the window) is never coded.
         """
         window, store = self.prepared.method.window, self.store
-        over = [(row, int(n - window) // BLOCK * BLOCK) for row, n in enumerate(store.window_host) if n - window >= BLOCK]
+        over = [(row, int(n - window) // BLOCK * BLOCK) for row, n in enumerate(store.window.host) if n - window >= BLOCK]
         if not over:
             return
         for row, old in over:
-            keys, values = store.window_keys[row, :, :old], store.window_values[row, :, :old]
+            keys, values = store.window.keys[row, :, :old], store.window.values[row, :, :old]
             if self.prepared.method.span == "all":
                 basis = self.prepared.kinds["text"]
                 store.add_shared(row, keys.float(), values, basis, self.prepared.ranks)
             else:
                 store.add_dense(row, keys, values)
-            store.drop_oldest(row, old)
+            store.window.drop_oldest(row, old)
         store.flush()
 
     # -- what transformers asks -------------------------------------------------------------------------------------------------
@@ -209,31 +215,44 @@ class RotateKLayer(CacheLayerMixin):
         if remove == 0 or not self.is_initialized:
             return
         # the window alone does not tell: it also holds text from before an image, which is not the newest
-        raw = min(self.tail, int(self.store.window_host.min()))
+        raw = min(self.tail, int(self.store.window.host.min()))
         if remove > raw:
             raise RotateKError(
                 f"cannot remove {remove} tokens: only the newest {raw} are still raw text; "
                 "start a new cache, or compile with a larger --window"
             )
-        self.store.trim_window(remove)
+        self.store.window.trim(remove)
         self.logical_length -= remove
         self.tail -= remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
-            self.store.select_rows(beam_idx.tolist())
+            self._select_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self.store.select_rows(row for row in range(self.store.batch) for _ in range(repeats))
+            self._select_rows([row for row in range(self.store.batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
-            self.store.select_rows(indices.tolist())
+            self._select_rows(indices.tolist())
+
+    def _select_rows(self, rows: list[int]) -> None:
+        self.store.select_rows(rows)
+        if self.spans is not None:
+            self.spans.select_rows(rows)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor this layer keeps alive for its sequences; a rival's work copy and the artifact's bases are not among them."""
+        if not self.is_initialized:
+            return []
+        return [*self.store.tensors().values(), *(self.spans.tensors() if self.spans is not None else ())]
 
     def reset(self) -> None:
         self.logical_length, self.tail, self.is_initialized = 0, 0, False
-        self.store = None  # type: ignore[assignment]
+        if self.spans is not None:
+            self.spans.select_rows(())  # the backend knows them too, until the next call makes another
+        self.store, self.spans = None, None  # type: ignore[assignment]
 
     def offload(self) -> None:
         raise RotateKError("cache offloading is not supported by the compressed cache; turn offloading off")
@@ -243,9 +262,22 @@ class RotateKLayer(CacheLayerMixin):
 
 
 class RotateKCache(Cache):
-    """A cache for one batch of sequences. Full-attention layers are compressed, others keep their stock layer."""
+    """A cache for one batch of sequences. Full-attention layers are compressed, others keep their stock layer.
 
-    def __init__(self, config: Any, artifact: PreparedArtifact, backend: Backend) -> None:
+    Args:
+        config: of the whole model.
+        artifact: method, window and bases.
+        backend: who computes attention over our own codes; a rival's segments are always read in torch.
+        coder: a rival method that codes the images in place of ours; by default the one the artifact was compiled for, if any.
+
+    Raises:
+        UsageError: a rival with an artifact whose text is coded too (rivals code images only).
+    """
+
+    def __init__(self, config: Any, artifact: PreparedArtifact, backend: Backend, coder: Coder | None = None) -> None:
+        coder = coder if coder is not None else artifact.coder
+        if coder is not None and (span := artifact.artifact.method.span) != "visual":
+            raise UsageError(f"method {coder.name} codes images only, but the artifact has span {span!r}; compile one with --span visual")
         text = config.get_text_config(decoder=True)
         types, kwargs = get_layer_types_and_kwargs(text)
         self.state = CallState()
@@ -255,10 +287,13 @@ class RotateKCache(Cache):
         per_layer = [kwargs] * len(types) if isinstance(kwargs, dict) else kwargs
         for index, (kind, options) in enumerate(zip(types, per_layer, strict=True)):
             if kind == FULL_ATTENTION:
-                layers.append(RotateKLayer(index, artifact, self.state, backend))
+                layers.append(self._make_layer(index, artifact, backend, coder))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
         super().__init__(layers=layers)
+
+    def _make_layer(self, index: int, artifact: PreparedArtifact, backend: Backend, coder: Coder | None) -> RotateKLayer:
+        return RotateKLayer(index, artifact, self.state, backend, coder)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for layer in self.layers:

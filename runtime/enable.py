@@ -18,6 +18,7 @@ from ..text_attention import set_text_attention
 from .attention import NAME, register
 from .backends import Backend, choose_backend
 from .cache import RotateKCache
+from .coder import Coder
 from .prepared import PreparedArtifact
 from .segments import read_step
 
@@ -50,13 +51,13 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         if not fallback:
             self.artifact = _without_fallback(self.artifact)
         self.prepared = PreparedArtifact(self.artifact)
-        if getattr(model, _ACTIVE, None) is not None:
+        if active(model) is not None:
             raise RotateKError("the compressed cache is already enabled on this model; disable() it first")
         self._install()
 
-    def new_cache(self) -> RotateKCache:
-        """A fresh compressed cache, to be passed as `past_key_values`."""
-        return RotateKCache(self.model.config, self.prepared, self.backend)
+    def new_cache(self, coder: Coder | None = None) -> RotateKCache:
+        """A fresh compressed cache, to be passed as `past_key_values`; `coder` puts a rival method in place of the artifact's."""
+        return RotateKCache(self.model.config, self.prepared, self.backend, coder)
 
     def _install(self) -> None:
         model = self.model
@@ -74,7 +75,7 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
     def disable(self) -> None:
         """Undo everything; harmless when done already."""
         model = self.model
-        if getattr(model, _ACTIVE, None) is not self:
+        if active(model) is not self:
             return
         for name, value in self._saved_attributes.items():
             if value is None:
@@ -126,6 +127,12 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         return with_compressed_cache
 
 
+def active(model: nn.Module) -> enable | None:
+    """The `enable` that is in force on this model, if any."""
+    found = getattr(model, _ACTIVE, None)
+    return found if isinstance(found, enable) else None
+
+
 def check_model(model: nn.Module, artifact: Artifact) -> None:
     """Refuse a model that this artifact cannot serve.
 
@@ -147,5 +154,3 @@ def _without_fallback(artifact: Artifact) -> Artifact:
     from dataclasses import replace
 
     return replace(artifact, method=replace(artifact.method, fallback_factor=0.0))
-
-

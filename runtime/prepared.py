@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..artifact import Artifact, Method
 from ..geometry import LayerGeometry
+from .coder import Coder
 
 
 def balance(energy: Tensor) -> Tensor:
@@ -63,6 +65,26 @@ class PreparedArtifact:
 
     def __deepcopy__(self, memo: dict[int, object]) -> PreparedArtifact:
         return self  # a copied cache goes on sharing the artifact
+
+    @cached_property
+    def coder(self) -> Coder | None:
+        """The rival method this artifact was compiled for; None for our own.
+
+        Raises:
+            UsageError: the artifact names a rival or a setting that does not exist.
+        """
+        method = self.artifact.method
+        if (name := method.rival) is None:
+            return None
+        from .rivals.registry import RIVALS, make_coder  # the rivals import this module, through online.py
+
+        by_ratio = method.kv_budget is None and name in RIVALS and "keep_ratio" in RIVALS[name].settings
+        ratio, state = method.keep_ratio if by_ratio else None, {"knockout": self.artifact.knockout()}
+        return make_coder(name, self.artifact.geometry, kv_budget=method.kv_budget, keep_ratio=ratio, state=state)
+
+    def plain_layer(self, index: int) -> PreparedLayer:
+        """What a layer needs that a rival codes: geometry and window, no bases."""
+        return PreparedLayer(self.artifact.geometry.layers[index], (), {}, self.artifact.method)
 
     def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> PreparedLayer:
         key = (index, device, dtype)

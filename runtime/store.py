@@ -1,4 +1,4 @@
-"""What one cache layer has stored: pools of codes and Values, the table of segments, and the raw text window."""
+"""What one cache layer has stored: pools of codes and Values, the table of segments, and beside them the raw text window."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from ..kernels.table import (
 )
 from .online import HeadCode
 from .prepared import KindBasis
+from .window import Window
 
-WINDOW_STEP = 32  # tokens by which the window's buffer grows
 MERGE_AT = 8  # retired text blocks of one row are merged when there are this many
 
 
@@ -49,9 +49,7 @@ class Store:
         self.table = np.zeros((batch, heads, 0, FIELDS), dtype=np.int64)
         self.table_on_device: Tensor | None = None
         self.fallback = np.zeros((batch, heads), dtype=np.int64)  # segments that needed more than the plan
-        self.window = self._empty(2, batch, heads, 0, dim)  # Keys and Values, one storage: allocators round each storage up
-        self.window_lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.window_host = np.zeros(batch, dtype=np.int64)
+        self.window = Window(batch, heads, dim, dtype, device)
         self._places: dict[str, int] = {}  # token kind -> start of its calibrated basis in `bases`
         self._mean_places: dict[str, int] = {}  # likewise for calibrated means
         self._pending: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -63,66 +61,6 @@ class Store:
     @property
     def batch(self) -> int:
         return self.table.shape[0]
-
-    @property
-    def window_keys(self) -> Tensor:
-        """Raw Keys of the newest text, [B, Hkv, C, D]."""
-        return self.window[0]
-
-    @property
-    def window_values(self) -> Tensor:
-        """Raw Values of the newest text, [B, Hkv, C, D]."""
-        return self.window[1]
-
-    # -- the window -----------------------------------------------------------------------------------------------------------
-
-    def append_window(self, keys: Tensor, values: Tensor) -> None:
-        """Append the same T tokens' worth to every row: keys, values [B, Hkv, T, D]; rows may have different lengths."""
-        new = keys.shape[2]
-        self._reserve_window(int(self.window_host.max(initial=0)) + new)
-        if (self.window_host == self.window_host[0]).all():
-            start = int(self.window_host[0])
-            self.window_keys[:, :, start : start + new] = keys
-            self.window_values[:, :, start : start + new] = values
-        else:
-            where = self.window_lengths.long()[:, None] + torch.arange(new, device=self.device)
-            rows = torch.arange(self.batch, device=self.device)[:, None]
-            self.window_keys[rows, :, where] = keys.transpose(1, 2)
-            self.window_values[rows, :, where] = values.transpose(1, 2)
-        self.window_host += new
-        self.window_lengths += new
-
-    def append_row(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Append T tokens to one row's window: keys, values [Hkv, T, D]."""
-        start, new = int(self.window_host[row]), keys.shape[1]
-        self._reserve_window(start + new)
-        self.window_keys[row, :, start : start + new] = keys
-        self.window_values[row, :, start : start + new] = values
-        self.window_host[row] += new
-        self.window_lengths[row] += new
-
-    def drop_oldest(self, row: int, tokens: int) -> None:
-        """Remove a row's oldest window tokens, which have been stored elsewhere."""
-        end = int(self.window_host[row])
-        for buffer in (self.window_keys, self.window_values):
-            buffer[row, :, : end - tokens] = buffer[row, :, tokens:end].clone()
-        self.window_host[row] -= tokens
-        self.window_lengths[row] -= tokens
-
-    def trim_window(self, tokens: int) -> None:
-        """Forget the newest `tokens` of every row (speculative decoding)."""
-        self.window_host -= tokens
-        self.window_lengths -= tokens
-        self._view = None
-
-    def _reserve_window(self, capacity: int) -> None:
-        have = self.window.shape[3]
-        if capacity <= have:
-            return
-        capacity = -(-capacity // WINDOW_STEP) * WINDOW_STEP
-        grown = self._empty(2, self.batch, self.heads, capacity, self.dim)
-        grown[:, :, :, :have] = self.window
-        self.window, self._view = grown, None
 
     # -- segments -------------------------------------------------------------------------------------------------------------
 
@@ -296,11 +234,8 @@ class Store:
     def select_rows(self, rows: Iterable[int]) -> None:
         """Keep these rows, in this order, repeats allowed (beams): segments stay shared, the window is copied."""
         order = np.asarray(list(rows), dtype=np.int64)
-        index = torch.from_numpy(order).to(self.device)
         self.table, self.fallback = self.table[order], self.fallback[order]
-        self.window_host = self.window_host[order]
-        self.window = self.window.index_select(1, index)
-        self.window_lengths = self.window_lengths.index_select(0, index)
+        self.window.select_rows(order)
         self.table_on_device = None
         self._view = None
 
@@ -308,7 +243,9 @@ class Store:
 
     def view(self, splits: bool) -> CacheView:
         """A snapshot for the backends; `splits` adds the Triton work list."""
-        if self._view is None or (splits and self._view.splits is None):
+        window = self.window
+        grown = self._view is not None and self._view.window_keys.data_ptr() != window.keys.data_ptr()
+        if self._view is None or grown or (splits and self._view.splits is None):
             host = torch.from_numpy(np.ascontiguousarray(self.table))
             if self.table_on_device is None:
                 self.table_on_device = host.to(self.device, copy=True)
@@ -317,7 +254,7 @@ class Store:
                 processors = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 1
                 plan = plan_splits(
                     host,
-                    window_capacity=self.window_keys.shape[2],
+                    window_capacity=window.keys.shape[2],
                     head_dim=self.dim,
                     itemsize=self.dtype.itemsize,
                     num_programs=programs_for(self.batch * self.heads, processors),
@@ -329,9 +266,9 @@ class Store:
                 values=self.values,
                 bases=self.bases,
                 means=self.means,
-                window_keys=self.window_keys,
-                window_values=self.window_values,
-                window_lengths=self.window_lengths,
+                window_keys=window.keys,
+                window_values=window.values,
+                window_lengths=window.lengths,
                 splits=plan,
             )
         return self._view
@@ -342,9 +279,9 @@ class Store:
             "keys": self.keys,
             "values": self.values,
             "means": self.means,
-            "window_keys": self.window_keys,
-            "window_values": self.window_values,
-            "window_lengths": self.window_lengths,
+            "window_keys": self.window.keys,
+            "window_values": self.window.values,
+            "window_lengths": self.window.lengths,
         }
         if self.owns_bases:
             kept["bases"] = self.bases

@@ -16,6 +16,7 @@ from torch import Tensor
 from rotatek_compile.artifact import Artifact, Method
 from rotatek_compile.bases import calibrated_basis
 from rotatek_compile.geometry import Geometry, geometry_of
+from rotatek_compile.runtime.coder import CodedSegment
 
 HEADS, DIM, LAYERS, VOCABULARY, IMAGE = 2, 32, 3, 97, 5
 SQUARE, WIDE, TALL = (128, 128), (64, 128), (128, 64)  # height, width of images
@@ -145,6 +146,26 @@ def make_artifact(geometry: Geometry) -> Callable[..., Artifact]:
         return Artifact(shape, method, tensors, {}, {})
 
     return make
+
+
+class ExactCoder:
+    """A rival that keeps everything: with it the cache is the stock cache."""
+
+    name, setting = "exact", ""
+
+    def code(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> CodedSegment:
+        return CodedSegment(keys.shape[1], {"keys": keys, "values": values}, frozenset({"keys", "values"}), self.rebuilt)
+
+    def rebuilt(self, parts: Any, tokens: int) -> tuple[Tensor, Tensor]:
+        return parts["keys"], parts["values"]
+
+    def bytes_of(self, tokens: int, layer: int) -> int:
+        return HEADS * tokens * 2 * DIM * 2
+
+
+@pytest.fixture(scope="session")
+def exact_coder() -> ExactCoder:
+    return ExactCoder()
 
 
 @dataclass

@@ -13,6 +13,7 @@ from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.cache import RotateKLayer
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.prepared import PreparedArtifact, PreparedLayer
+from rotatek_compile.runtime.rivals.registry import make_coder
 
 MIXED = [[8, 24], [0, 16], [0, 0]]
 
@@ -58,6 +59,22 @@ def test_stored_is_what_is_reachable(model, ragged, make_artifact, generate, spa
         assert count.span_dense == 3 * sum(images) * 2 * 32 * 2 * 2
     assert 0 <= count.slack <= count.span + count.window
     assert 0 <= count.basis <= count.span
+
+
+@pytest.mark.parametrize("name", ["int4", "think", "head-drop-native"])
+def test_stored_by_a_rival_is_what_is_reachable(model, ragged, geometry, make_artifact, generate, name):
+    ratio = 0.5 if name != "int4" else None
+    state = {"knockout": {i: torch.tensor([0.1, 0.2]) * (i + 1) for i in range(3)}}
+    with enable(model, make_artifact(), backend="torch") as enabled:
+        coder = make_coder(name, geometry, keep_ratio=ratio, state=state)
+        cache = generate(model, ragged, 20, past_key_values=enabled.new_cache(coder)).cache
+    count = cache_bytes(cache)
+    with_work = own_bytes(cache)
+    for layer in cache.layers:
+        layer.spans.drop_work()
+        layer.coder = None  # settings, shared by all caches
+    assert count == cache_bytes(cache)
+    assert count.stored == own_bytes(cache) < with_work
 
 
 def test_fewer_directions_take_fewer_bytes(model, ragged, make_artifact, generate):

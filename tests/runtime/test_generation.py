@@ -56,8 +56,8 @@ def test_text_leaves_the_window_and_blocks_merge(model, prompts, make_artifact, 
         # 264 and 241 text tokens: at least 3 blocks left each row and were joined to one segment of 192 or more
         lengths = layer.store.table[:, 0, :, store_module.LENGTH]
         assert (lengths >= 192).any(-1).tolist() == [True, True]
-        assert lengths.sum(-1).tolist() == [n - w for n, w in zip((5 + 88 + 30 + 229, 12 + 229), layer.store.window_host, strict=True)]
-        assert all(32 <= w < 32 + 64 for w in layer.store.window_host)
+        assert lengths.sum(-1).tolist() == [n - w for n, w in zip((5 + 88 + 30 + 229, 12 + 229), layer.store.window.host, strict=True)]
+        assert all(32 <= w < 32 + 64 for w in layer.store.window.host)
 
 
 @pytest.mark.parametrize("span", SPANS)
@@ -91,4 +91,4 @@ def test_old_text_of_a_prompt_leaves_in_whole_blocks(model, prompts, make_artifa
         lengths = layer.store.table[:, 0, :, store_module.LENGTH]
         assert sorted(lengths[0].tolist()) == [64, 88]
         assert lengths[1].sum() == 0
-        assert layer.store.window_host.tolist() == [5 + 150 - 64, 40]
+        assert layer.store.window.host.tolist() == [5 + 150 - 64, 40]

@@ -95,6 +95,15 @@ def test_backends_agree_below_full_rank(model, prompts, generate, stock, check_e
         assert (outputs[0].logits[:, :steps] - dense.logits[:, :steps]).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rival_that_keeps_everything_is_the_stock_model(model, prompts, generate, stock, check_equal, make_artifact, exact_coder, mode):
+    with enable(model, make_artifact(), backend="torch") as enabled:
+        enabled.prepared.coder = exact_coder
+        got = mode(model, prompts, generate)
+    check_equal(got, stock(mode))
+    assert any(layer.spans.tokens() for layer in got.cache.layers)
+
+
 def test_prompt_lookup_crops(model, prompts, generate, stock, make_artifact, monkeypatch):
     crops, crop = [], RotateKLayer.crop
     monkeypatch.setattr(RotateKLayer, "crop", lambda layer, n: (crops.append(n), crop(layer, n)))

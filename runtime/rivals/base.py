@@ -1,0 +1,35 @@
+"""What every rival coder has: the model's geometry, a name, a setting in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...errors import UsageError
+from ...geometry import Geometry, LayerGeometry
+
+
+@dataclass(frozen=True, kw_only=True)
+class RivalCoder:
+    """Base of the coders; immutable and shared by all caches (see `runtime.coder.Coder`)."""
+
+    name: str
+    geometry: Geometry
+    setting: str = ""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RivalCoder:
+        return self  # a copied cache goes on sharing settings and learned state
+
+    def shape(self, layer: int) -> LayerGeometry:
+        return self.geometry.layers[layer]
+
+
+def require_head_dim(name: str, geometry: Geometry, fits: Callable[[int], bool], needed: str) -> None:
+    """Refuse a model whose head dimension a method cannot code.
+
+    Raises:
+        UsageError: naming the head dimension and what is needed.
+    """
+    for index in geometry.compressible:
+        if not fits(dim := geometry.layers[index].head_dim):
+            raise UsageError(f"{name} needs a head_dim that is {needed}, this model has {dim}; choose another method")

@@ -1,0 +1,228 @@
+"""The rivals by name, and what they make of a budget.
+
+A KV budget F is a promise: the coded images of all layers together take at most F times their dense bytes (2 bytes a number),
+masks, scales and means included, for every segment of at least `PROMISED_FROM` tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import UsageError
+from ...geometry import Geometry
+from ..coder import Coder
+from ..online import RANK_STEP
+from .base import require_head_dim
+from .fp8 import Fp8Coder
+from .hadamard import HadamardCoder
+from .head_drop import HeadDropCoder, most_important
+from .kivi import GROUP, KiviCoder
+from .paper import PaperCoder
+from .plain import PlainCoder
+from .think import ThinkCoder
+
+PROMISED_FROM = 512
+_PERIOD = 64  # every method's overhead repeats with the length within this many tokens
+_LONG = 1 << 20
+
+State = Mapping[str, Any]
+Make = Callable[[str, Geometry, float, State], Coder]
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A method that can be asked for by name.
+
+    about: one sentence; learned: needs measured state from an artifact; settings: the options it takes; make: builds a coder
+    at a keep ratio; ratios: every keep ratio that differs, ascending (methods without a knob have one).
+    """
+
+    name: str
+    about: str
+    make: Make
+    ratios: Callable[[Geometry], Sequence[float]]
+    learned: bool = False
+    settings: tuple[str, ...] = ("kv_budget",)
+
+
+def make_coder(
+    name: str, geometry: Geometry, *, kv_budget: float | None = None, keep_ratio: float | None = None, state: State | None = None
+) -> Coder:
+    """The coder called `name` for a model.
+
+    Args:
+        kv_budget: share of the dense bytes; methods with a knob take the largest setting that fits, others must fit as they are.
+        keep_ratio: share of Key channels (think), directions (paper) or (layer, KV head) pairs (head-drop) kept.
+        state: learned state, {"knockout": {layer: fp32 [Hkv]}} for head dropping; others ignore it.
+
+    Raises:
+        UsageError: unknown name, an option the method does not take or misses, a number out of range, a budget it cannot meet
+            (naming the smallest it can), a head dimension it cannot code, or missing state.
+    """
+    rival = _rival(name)
+    _check_range("KV budget", kv_budget)
+    _check_range("keep ratio", keep_ratio)
+    state = state or {}
+    ratios = rival.ratios(geometry)
+    if "keep_ratio" not in rival.settings:
+        if keep_ratio is not None:
+            raise UsageError(f"{name} has no keep ratio; leave it out, or choose one of {', '.join(_with_knob())}")
+        coder = rival.make(name, geometry, ratios[0], state)
+        if kv_budget is not None and not _fits(coder, geometry, kv_budget):
+            raise _too_small(name, geometry, kv_budget)
+        return coder
+    if (kv_budget is None) == (keep_ratio is None):
+        raise UsageError(f"{name} takes a KV budget or a keep ratio, one of the two")
+    if keep_ratio is not None:
+        if keep_ratio < ratios[0] - 1e-9:
+            raise UsageError(f"{name} cannot keep {keep_ratio:g}; the smallest keep ratio on this model is {ratios[0]:g}")
+        return rival.make(name, geometry, keep_ratio, state)
+    assert kv_budget is not None
+    low, high = 0, len(ratios)  # bytes grow with the ratio: ratios[:low] fit, ratios[high:] do not
+    while low < high:
+        middle = (low + high) // 2
+        if _fits(rival.make(name, geometry, ratios[middle], state), geometry, kv_budget):
+            low = middle + 1
+        else:
+            high = middle
+    if not low:
+        raise _too_small(name, geometry, kv_budget)
+    return rival.make(name, geometry, ratios[low - 1], state)
+
+
+def smallest_budget(name: str, geometry: Geometry, tokens: int = PROMISED_FROM) -> float:
+    """The smallest KV budget that holds for every segment of at least `tokens` tokens; no state is needed.
+
+    Longer than `PROMISED_FROM` counts as that, so that `make_coder` always accepts the result.
+    """
+    rival = _rival(name)
+    coder = rival.make(name, geometry, rival.ratios(geometry)[0], {})
+    return worst_share(coder, geometry, min(tokens, PROMISED_FROM))
+
+
+def worst_share(coder: Coder, geometry: Geometry, tokens: int = PROMISED_FROM) -> float:
+    """The largest share of dense bytes that a segment of at least `tokens` tokens takes, all layers together.
+
+    Bytes are linear in the length but for a fixed part and one that repeats, so the worst is among the first lengths or the limit.
+    """
+    lengths = [*range(tokens, tokens + _PERIOD), _LONG]
+    dense = geometry.dense_bytes_per_token()
+    return max(sum(coder.bytes_of(n, layer) for layer in geometry.compressible) / (dense * n) for n in lengths)
+
+
+def _fits(coder: Coder, geometry: Geometry, budget: float) -> bool:
+    return worst_share(coder, geometry) <= budget * (1 + 1e-12)
+
+
+def _too_small(name: str, geometry: Geometry, budget: float) -> UsageError:
+    least = math.ceil(smallest_budget(name, geometry) * 1e5) / 1e5
+    return UsageError(f"{name} cannot meet a KV budget of {budget:g}; the smallest it can on this model is {least:g}")
+
+
+def _rival(name: str) -> Rival:
+    if name not in RIVALS:
+        raise UsageError(f"unknown method {name!r}; choose one of {', '.join(RIVALS)}")
+    return RIVALS[name]
+
+
+def _check_range(words: str, number: float | None) -> None:
+    if number is not None and not 0 < number <= 1:
+        raise UsageError(f"a {words} of {number:g} is out of range; it must be above 0 and at most 1")
+
+
+def _with_knob() -> list[str]:
+    return [name for name, rival in RIVALS.items() if "keep_ratio" in rival.settings]
+
+
+# -- makers -----------------------------------------------------------------------------------------------------------------------
+
+
+def _once(geometry: Geometry) -> Sequence[float]:
+    return (1.0,)
+
+
+def _widest(geometry: Geometry) -> int:
+    return max(geometry.layers[i].head_dim for i in geometry.compressible)
+
+
+def _channel_ratios(geometry: Geometry) -> Sequence[float]:
+    dim = _widest(geometry)
+    return [n / dim for n in range(1, dim + 1)]
+
+
+def _rank_ratios(geometry: Geometry) -> Sequence[float]:
+    dim = _widest(geometry)
+    return [n / dim for n in range(RANK_STEP, dim + 1, RANK_STEP)]
+
+
+def _pairs(geometry: Geometry) -> int:
+    return sum(geometry.layers[i].kv_heads for i in geometry.compressible)
+
+
+def _head_ratios(geometry: Geometry) -> Sequence[float]:
+    return [n / _pairs(geometry) for n in range(_pairs(geometry) + 1)]
+
+
+def _plain(bits: int) -> Make:
+    return lambda name, geometry, ratio, state: PlainCoder(name=name, geometry=geometry, bits=bits)
+
+
+def _fp8(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+    return Fp8Coder(name=name, geometry=geometry)
+
+
+def _kivi(bits: int) -> Make:
+    def make(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+        require_head_dim(name, geometry, lambda dim: dim % GROUP == 0, f"a multiple of {GROUP}")
+        return KiviCoder(name=name, geometry=geometry, bits=bits)
+
+    return make
+
+
+def _hadamard(bits: int) -> Make:
+    def make(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+        require_head_dim(name, geometry, lambda dim: dim & (dim - 1) == 0, "a power of two")
+        return HadamardCoder(name=name, geometry=geometry, bits=bits)
+
+    return make
+
+
+def _head_drop(bits: int | None) -> Make:
+    def make(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+        count = int(ratio * _pairs(geometry) + 1e-6)
+        kept = most_important(geometry, count, state.get("knockout"))
+        return HeadDropCoder(name=name, geometry=geometry, kept=kept, bits=bits, setting=f"{count} of {_pairs(geometry)} heads")
+
+    return make
+
+
+def _think(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+    dim, coder = _widest(geometry), ThinkCoder(name=name, geometry=geometry, keep_ratio=ratio)
+    return replace(coder, setting=f"{coder.channels(dim)} of {dim} channels")
+
+
+def _paper(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+    dim, coder = _widest(geometry), PaperCoder(name=name, geometry=geometry, keep_ratio=ratio)
+    return replace(coder, setting=f"{coder.rank(dim)} of {dim} directions")
+
+
+_KNOB = ("kv_budget", "keep_ratio")
+RIVALS: dict[str, Rival] = {
+    rival.name: rival
+    for rival in (
+        Rival("int8", "8-bit codes per token and head", _plain(8), _once),
+        Rival("int4", "4-bit codes per token and head", _plain(4), _once),
+        Rival("fp8", "e4m3 numbers, one scale per head and image", _fp8, _once),
+        Rival("kivi4", "KIVI, 4 bit: Keys per channel, Values per token, groups of 32", _kivi(4), _once),
+        Rival("kivi2", "KIVI, 2 bit: Keys per channel, Values per token, groups of 32", _kivi(2), _once),
+        Rival("hadamard4", "Hadamard rotation, then 4-bit codes per token and head", _hadamard(4), _once),
+        Rival("hadamard2", "Hadamard rotation, then 2-bit codes in groups of 32 channels", _hadamard(2), _once),
+        Rival("head-drop", "the most important KV heads at 4 bit, the rest as means", _head_drop(4), _head_ratios, True, _KNOB),
+        Rival("head-drop-native", "the most important KV heads native, the rest as means", _head_drop(None), _head_ratios, True, _KNOB),
+        Rival("think", "ThinK: Key channels that queries do not look at are dropped, Values native", _think, _channel_ratios, False, _KNOB),
+        Rival("paper", "RotateK as published: one rotation per image, uniform rank, Values native", _paper, _rank_ratios, False, _KNOB),
+    )
+}

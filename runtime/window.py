@@ -1,0 +1,93 @@
+"""The raw text window of one cache layer: newest text tokens of B sequences at full width, lengths differing by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WINDOW_STEP = 32  # tokens by which the buffer grows
+
+
+class Window:
+    """Raw Keys and Values of the newest text.
+
+    Attributes:
+        buffer: [2, B, Hkv, C, D], Keys and Values in one storage, because allocators round each storage up; slack may hold anything.
+        lengths: int32 [B] on the device, valid tokens of each row.
+        host: the same numbers in numpy, so that planning needs no copy from the device.
+    """
+
+    def __init__(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.buffer = torch.empty((2, batch, heads, 0, dim), dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.host = np.zeros(batch, dtype=np.int64)
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, Hkv, C, D]"""
+        return self.buffer[0]
+
+    @property
+    def values(self) -> Tensor:
+        """[B, Hkv, C, D]"""
+        return self.buffer[1]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append the same T tokens' worth to every row: keys, values [B, Hkv, T, D]; rows may have different lengths."""
+        new = keys.shape[2]
+        self._reserve(int(self.host.max(initial=0)) + new)
+        if (self.host == self.host[0]).all():
+            start = int(self.host[0])
+            self.keys[:, :, start : start + new] = keys
+            self.values[:, :, start : start + new] = values
+        else:
+            where = self.lengths.long()[:, None] + torch.arange(new, device=self.buffer.device)
+            rows = torch.arange(len(self.host), device=self.buffer.device)[:, None]
+            self.keys[rows, :, where] = keys.transpose(1, 2)
+            self.values[rows, :, where] = values.transpose(1, 2)
+        self.host += new
+        self.lengths += new
+
+    def append_row(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Append T tokens to one row: keys, values [Hkv, T, D]."""
+        start, new = int(self.host[row]), keys.shape[1]
+        self._reserve(start + new)
+        self.keys[row, :, start : start + new] = keys
+        self.values[row, :, start : start + new] = values
+        self.host[row] += new
+        self.lengths[row] += new
+
+    def drop_oldest(self, row: int, tokens: int) -> None:
+        """Remove a row's oldest tokens, which have been stored elsewhere."""
+        end = int(self.host[row])
+        for part in (self.keys, self.values):
+            part[row, :, : end - tokens] = part[row, :, tokens:end].clone()
+        self.host[row] -= tokens
+        self.lengths[row] -= tokens
+
+    def trim(self, tokens: int) -> None:
+        """Forget the newest `tokens` of every row (speculative decoding)."""
+        self.host -= tokens
+        self.lengths -= tokens
+
+    def select_rows(self, rows: np.ndarray) -> None:
+        """Keep these rows, in this order, repeats allowed; everything is copied."""
+        index = torch.from_numpy(rows).to(self.buffer.device)
+        self.host = self.host[rows]
+        self.buffer = self.buffer.index_select(1, index)
+        self.lengths = self.lengths.index_select(0, index)
+
+    def used_elements(self) -> int:
+        """Numbers that belong to tokens; the rest of the buffer is slack."""
+        _, _, heads, _, dim = self.buffer.shape
+        return int(self.host.sum()) * heads * 2 * dim
+
+    def _reserve(self, capacity: int) -> None:
+        two, batch, heads, have, dim = self.buffer.shape
+        if capacity <= have:
+            return
+        capacity = -(-capacity // WINDOW_STEP) * WINDOW_STEP
+        grown = self.buffer.new_empty((two, batch, heads, capacity, dim))
+        grown[:, :, :, :have] = self.buffer
+        self.buffer = grown
