@@ -7,6 +7,10 @@ Tensors of `rotatek.safetensors`, for each compressed layer i and token kind `vi
     layers.{i}.{kind}.key_spectrum  float32 [Hkv, D]        layers.{i}.{kind}.value_spectrum
     layers.{i}.key_rank             int32   [Hkv]           the plan: directions kept, a multiple of 8, zero allowed
     layers.{i}.sensitivity          float32 [Hkv, levels]   measured KL (nats) when this head alone is cut to a level
+    layers.{i}.knockout             float32 [Hkv]           the same when its image Keys and Values become their means (knockout.py);
+                                                            artifacts of the first versions have none
+
+An artifact compiled for a rival method (`Method.rival`) holds `knockout` alone.
 
 `encode` is stored in float32, not bf16: its condition reaches hundreds, and rounding it to 8 bits of mantissa moves its smallest
 singular values by their own size.
@@ -34,7 +38,9 @@ FORMAT_VERSION = 1
 TENSOR_FILE, REPORT_FILE, CARD_FILE = "rotatek.safetensors", "report.json", "README.md"
 SPANS = ("visual", "all")
 ALLOCATIONS = ("allocated", "uniform")
+OURS = "rotatek"  # the method that is no rival
 RANK_STEP = 8
+IMAGE_TOKENS = 512  # the image over which a rival's bytes per token are reckoned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +57,22 @@ class Method:
     prior_tokens: int = 256  # n0 of DESIGN.md §4.6: how many tokens the calibrated covariance is worth
     fallback_factor: float = 8.0  # a head whose discarded energy exceeds this many times the expected one keeps more; 0 turns it off
     levels: tuple[int, ...] = ()  # ranks at which sensitivities were measured
+    rival: str | None = None  # another method than ours, by its name in runtime/rivals/registry.py
+    kv_budget: float | None = None  # a rival's share of the dense bytes, where it was set by bytes and not by keep_ratio
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Token kinds that are coded."""
         return ("visual",) if self.span == "visual" else ("visual", "text")
+
+    @property
+    def words(self) -> str:
+        """Method and setting for people."""
+        if self.rival is None:
+            return f"basis {self.basis}, {self.allocation} ranks, keep ratio {self.keep_ratio}"
+        if self.kv_budget is not None:
+            return f"rival method {self.rival}, KV budget {self.kv_budget}"
+        return f"rival method {self.rival}" + (f", keep ratio {self.keep_ratio}" if self.keep_ratio < 1 else "")
 
 
 @dataclass(slots=True)
@@ -72,11 +89,26 @@ class Artifact:
     path: Path | None = None
 
     def ranks(self) -> dict[int, list[int]]:
-        """Directions kept per KV head, by layer."""
+        """Directions kept per KV head, by layer; empty for a rival, which keeps none of ours."""
+        if self.method.rival is not None:
+            return {}
         return {i: self.tensors[f"layers.{i}.key_rank"].tolist() for i in self.geometry.compressible}
 
+    def knockout(self) -> dict[int, Tensor]:
+        """Measured knock-outs, fp32 [Hkv] by layer; empty for artifacts that have none."""
+        return {i: t for i in self.geometry.compressible if (t := self.tensors.get(f"layers.{i}.knockout")) is not None}
+
     def bytes_per_token(self) -> float:
-        """Bytes of one coded token over all compressed layers: codes and raw Values at 2 bytes a number, no per-image parts."""
+        """Bytes of one coded token over all compressed layers: codes and raw Values at 2 bytes a number, no per-image parts.
+
+        For a rival a share of an image of `IMAGE_TOKENS` tokens, with everything that must be kept of it.
+        """
+        if self.method.rival is not None:
+            from .runtime.prepared import PreparedArtifact  # the runtime imports this module
+
+            coder = PreparedArtifact(self).coder
+            assert coder is not None
+            return sum(coder.bytes_of(IMAGE_TOKENS, i) for i in self.geometry.compressible) / IMAGE_TOKENS
         layers = self.geometry.layers
         return float(sum(2 * sum(ranks) + 2 * layers[i].kv_heads * layers[i].head_dim for i, ranks in self.ranks().items()))
 
@@ -186,6 +218,8 @@ def _read_geometry(path: Path, data: Any) -> Geometry:
         geometry = Geometry.from_json(data)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{where} is damaged ({error!r}); {again}") from error
+    if geometry.position_axes < 1:
+        raise ArtifactError(f"{where}: position_axes is {geometry.position_axes}, the smallest is 1; {again}")
     if not geometry.compressible:
         raise ArtifactError(f"{where} lists no full_attention layer; {again}")
     for index, layer in enumerate(geometry.layers):
@@ -216,6 +250,8 @@ def _read_method(path: Path, data: Any) -> Method:
             ("window", isinstance(method.window, int) and method.window >= 1),
             ("keep_ratio", isinstance(method.keep_ratio, (int, float)) and 0 <= method.keep_ratio <= 1),
             ("prior_tokens", isinstance(method.prior_tokens, int) and method.prior_tokens >= 0),
+            ("rival", method.rival is None or isinstance(method.rival, str)),
+            ("kv_budget", method.kv_budget is None or (_is_number(method.kv_budget) and 0 < method.kv_budget <= 1)),
             ("fallback_factor", isinstance(method.fallback_factor, (int, float)) and method.fallback_factor >= 0),
         )
     except (TypeError, ValueError, OverflowError) as error:
@@ -224,6 +260,10 @@ def _read_method(path: Path, data: Any) -> Method:
         if not good:
             raise ArtifactError(f"{where}: {name} is {getattr(method, name)!r}, which this version cannot run; compile the artifact again")
     return method
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _read_tensors(path: Path, files: dict[str, Any]) -> dict[str, Tensor]:
@@ -250,10 +290,15 @@ def _short(dtype: torch.dtype) -> str:
 
 def _check_tensors(file: Path, tensors: dict[str, Tensor], geometry: Geometry, method: Method) -> None:
     again = "compile the artifact again"
+    has_knockouts = method.rival is not None or any(name.endswith(".knockout") for name in tensors)
     for i in geometry.compressible:
         heads, dim = geometry.layers[i].kv_heads, geometry.layers[i].head_dim
-        expected = {f"layers.{i}.key_rank": (heads,), f"layers.{i}.sensitivity": (heads, len(method.levels))}
-        for kind in method.kinds:
+        expected: dict[str, tuple[int, ...]] = {}
+        if method.rival is None:
+            expected |= {f"layers.{i}.key_rank": (heads,), f"layers.{i}.sensitivity": (heads, len(method.levels))}
+        if has_knockouts:
+            expected[f"layers.{i}.knockout"] = (heads,)
+        for kind in method.kinds if method.rival is None else ():
             for side in ("key", "value"):
                 prefix = f"layers.{i}.{kind}.{side}"
                 expected |= {f"{prefix}_mean": (heads, dim), f"{prefix}_encode": (heads, dim, dim), f"{prefix}_spectrum": (heads, dim)}
@@ -268,7 +313,7 @@ def _check_tensors(file: Path, tensors: dict[str, Tensor], geometry: Geometry, m
                 raise ArtifactError(f"{file}: tensor {name} is {_short(tensor.dtype)}, expected {_short(wanted[0])}; {again}")
             if not bool(torch.isfinite(tensor).all()):
                 raise ArtifactError(f"{file}: tensor {name} holds NaN or infinity; {again}")
-            if name.endswith("_spectrum") and bool((tensor < 0).any()):
+            if name.endswith(("_spectrum", ".knockout")) and bool((tensor < 0).any()):
                 raise ArtifactError(f"{file}: tensor {name} has a negative entry ({float(tensor.min()):.3g}); {again}")
             if name.endswith("_encode"):
                 singular = torch.linalg.svdvals(tensor.double())
@@ -276,6 +321,8 @@ def _check_tensors(file: Path, tensors: dict[str, Tensor], geometry: Geometry, m
                 # one part in a thousand for the rounding to float32
                 if not condition <= MAX_CONDITION * 1.001:
                     raise ArtifactError(f"{file}: tensor {name} is not safely invertible (condition {condition:.3g} > 1e4); {again}")
+        if method.rival is not None:
+            continue
         rank = tensors[f"layers.{i}.key_rank"]
         if bool(((rank < 0) | (rank > dim) | (rank % RANK_STEP != 0)).any()):
             raise ArtifactError(f"{file}: plan layers.{i}.key_rank is {rank.tolist()}, allowed are multiples of 8 from 0 to {dim}; {again}")

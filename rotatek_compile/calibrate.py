@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import Encoded, merge_media, pad, position_ids
+from .batches import Encoded, merge_media, pad, positions
 from .errors import RotateKError
 from .geometry import Geometry
 from .moments import Moments
@@ -142,7 +142,7 @@ def run_batch(model: Any, batch: Sequence[Encoded], collector: Collector, pad_id
     model(
         input_ids=chunk.ids.to(device),
         attention_mask=mask,
-        position_ids=position_ids(mask),
+        position_ids=positions(batch, [0] * len(batch), chunk.mask).to(device),
         use_cache=False,
         logits_to_keep=1,
         **merge_media(batch, device, dtype),

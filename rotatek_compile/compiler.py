@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,24 @@ import torch
 from torch import Tensor
 
 from . import allocate as allocation
-from .artifact import ALLOCATIONS, SPANS, Artifact, Method, library_versions, write_artifact
+from .artifact import ALLOCATIONS, OURS, SPANS, Artifact, Method, library_versions, write_artifact
 from .bases import BASES, Basis, calibrated_basis, two_sided
-from .batches import end_ids, template_hash
+from .batches import Encoded, end_ids, rope_index, template_hash
 from .calibrate import MomentStore, calibrate
 from .calibration_data.registry import DataSource, open_data
 from .card import model_card
+from .compile_rival import compile_rival, rival_artifact
 from .documents import Documents, usable
 from .errors import RotateKError, UsageError
 from .geometry import Geometry
+from .knockout import diagnosis, measure_knockouts
 from .models import Source, checked_geometry, choose_device, choose_dtype, identity, load_config, load_model, load_processor, resolve
 from .moments import Moments
 from .output import atomic_directory, refuse_existing
 from .sensitivity import Cutter, Plan, Prefilled, joint_kl, levels_for, measure
 
 SENSITIVITY_DOCUMENTS = 8
+KEEP_RATIO = 0.25  # our own method's, where none is given
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -40,7 +44,9 @@ class CompileOptions:
     model: str
     calib: str
     output: Path
-    keep_ratio: float = 0.25
+    method: str = OURS  # or a rival's name (runtime/rivals/registry.py)
+    keep_ratio: float | None = None  # KEEP_RATIO for our own method
+    kv_budget: float | None = None  # rivals only
     basis: str = "two-sided"
     allocation: str = "allocated"
     span: str = "visual"
@@ -57,7 +63,17 @@ class CompileOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_ratio <= 1:
+        if self.method == OURS:
+            if self.kv_budget is not None:
+                raise UsageError(f"--kv-budget comes with a rival --method; {OURS} is set by --keep-ratio, use --keep-ratio")
+            object.__setattr__(self, "keep_ratio", KEEP_RATIO if self.keep_ratio is None else self.keep_ratio)
+        else:
+            for name, default in (("span", "visual"), ("basis", "two-sided"), ("allocation", "allocated")):
+                if (seen := getattr(self, name)) != default:
+                    raise UsageError(f"--{name} {seen} comes with --method {OURS}; rivals code images, in their own way: leave it out")
+        if self.kv_budget is not None and not 0 < self.kv_budget <= 1:
+            raise UsageError(f"--kv-budget {self.kv_budget} is out of range; it is a fraction of the dense bytes, above 0 and up to 1")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise UsageError(f"--keep-ratio {self.keep_ratio} is out of range; it is a fraction kept, above 0 and up to 1")
         for name, least in (("window", 1), ("num_samples", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
@@ -77,10 +93,14 @@ class CompilePlan:
     data: DataSource
     device: torch.device
     dtype: torch.dtype
+    rival: Artifact | None  # what a rival's artifact will be, but for its measured tensors
 
-    def bytes_per_token(self, keep_ratio: float) -> tuple[int, float]:
-        """Dense bytes per coded token over the compressed layers, and those of the plan's codes and raw Values."""
+    def bytes_per_token(self, keep_ratio: float | None) -> tuple[int, float]:
+        """Dense bytes per coded token over the compressed layers, and those of the plan's codes and raw Values (or of the rival)."""
         dense = self.geometry.dense_bytes_per_token()
+        if self.rival is not None:
+            return dense, self.rival.bytes_per_token()
+        assert keep_ratio is not None
         ranks = allocation.uniform_plan(self.geometry, keep_ratio)
         values = dense / 2
         return dense, values + sum(2 * sum(r) for r in ranks.values())
@@ -92,9 +112,10 @@ def prepare(options: CompileOptions) -> CompilePlan:
     refuse_existing(options.output, options.overwrite)
     config = load_config(source)
     geometry = checked_geometry(config)
+    rival = None if options.method == OURS else rival_artifact(options, geometry, None)
     data = open_data(options.calib, "calibration", options.seed)
     device = choose_device(options.device)
-    return CompilePlan(source, config, geometry, data, device, choose_dtype(options.dtype, config, device))
+    return CompilePlan(source, config, geometry, data, device, choose_dtype(options.dtype, config, device), rival)
 
 
 def compile_artifact(options: CompileOptions) -> dict[str, Any]:
@@ -105,12 +126,12 @@ def compile_artifact(options: CompileOptions) -> dict[str, Any]:
     """
     start = time.perf_counter()
     plan = prepare(options)
-    source, geometry = plan.source, plan.geometry
-    samples = usable(plan.data, options.num_samples)  # before weights are loaded: a picture that does not open is said at once
-    processor = load_processor(source)
-    model = load_model(source, plan.dtype, plan.device)
-    base = identity(source, plan.config)
-    items = Documents(plan.data, samples, processor, geometry, end_ids(model)[0])
+    wanted = options.num_samples if options.method == OURS else min(options.num_samples, SENSITIVITY_DOCUMENTS)
+    samples = usable(plan.data, wanted)  # before weights are loaded: a picture that does not open is said at once
+    processor = load_processor(plan.source)
+    model = load_model(plan.source, plan.dtype, plan.device)
+    base = identity(plan.source, plan.config)
+    items = Documents(plan.data, samples, processor, plan.geometry, end_ids(model)[0], rope_index(model))
     record = {
         "data": plan.data.name,
         "revision": plan.data.revision,
@@ -120,12 +141,40 @@ def compile_artifact(options: CompileOptions) -> dict[str, Any]:
         "samples": plan.data.hash_ids(list(samples.values())),
         "template": template_hash(processor),
     }
+    if options.method == OURS:
+        artifact = compile_ours(options, plan, model, items, base, record, processor.tokenizer.pad_token_id or 0)
+    else:
+        artifact = compile_rival(options, plan.geometry, model, items, base, record)
+    seconds = artifact.report["seconds"]
+    seconds["total"] = time.perf_counter() - start
+    with atomic_directory(options.output, options.overwrite) as staging:
+        write_artifact(artifact, staging, model_card(artifact))
+        processor.save_pretrained(staging)
+    summary: dict[str, Any] = {
+        "artifact": str(options.output),
+        "model": base["id"],
+        "method": options.method,
+        "layers": len(plan.geometry.compressible),
+        "kv_bytes_per_token": {"dense": plan.geometry.dense_bytes_per_token(), "compressed": artifact.bytes_per_token()},
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "knockout": artifact.report["knockout"],
+    }
+    if options.method == OURS:
+        return summary | {"plan": {"predicted_kl": artifact.report["plan_kl"], "ranks": {str(i): r for i, r in artifact.ranks().items()}}}
+    return summary | {"plan": {"setting": artifact.method.words}}
+
+
+def compile_ours(
+    options: CompileOptions, plan: CompilePlan, model: Any, items: Documents, base: dict[str, Any], record: dict[str, Any], pad_id: int
+) -> Artifact:
+    """Moments, bases, sensitivities, knock-outs and the plan of our own method."""
+    geometry = plan.geometry
+    assert options.keep_ratio is not None
     aside = len(items) // 8 if len(items) > 1 else 0  # kept for checking the joint plan
     used, held = items[: len(items) - aside], items[len(items) - aside :]
 
     key = {"base": base, "record": record, "documents": len(used), "dtype": DTYPE_NAMES[plan.dtype], "geometry": geometry.to_json()}
     before = time.perf_counter()
-    pad_id = processor.tokenizer.pad_token_id or 0
     moments = calibrate(model, used, geometry, MomentStore(key), options.batch_size, options.resume, pad_id, options.quiet)
     method = Method(
         basis=options.basis,
@@ -145,30 +194,26 @@ def compile_artifact(options: CompileOptions) -> dict[str, Any]:
 
     before = time.perf_counter()
     cutter = Cutter(model, geometry, bases["visual"], span_all=method.span == "all")
-    sensitivities = measure(cutter, used[:SENSITIVITY_DOCUMENTS], method.levels, options.quiet)
-    docs = [cutter.prefill(item) for item in (held or used)[:SENSITIVITY_DOCUMENTS]]
+    read = used[:SENSITIVITY_DOCUMENTS]
+    sensitivities = measure(cutter, read, method.levels, options.quiet, options.batch_size)
+    if method.span == "visual" and method.levels[0] == 0:
+        knockouts = {i: table[:, 0].clone() for i, table in sensitivities.items()}  # the same thing: see knockout.py
+    else:
+        knockouts = measure_knockouts(cutter, read, options.quiet, options.batch_size)
+    docs = _prefilled(cutter, (held or used)[:SENSITIVITY_DOCUMENTS], options.batch_size)
     ranks, checks = plan_from(cutter, geometry, bases["visual"], sensitivities, docs, method)
     seconds_sensitivity = time.perf_counter() - before
 
-    tensors = artifact_tensors(geometry, method, moments, bases, ranks, sensitivities)
+    tensors = artifact_tensors(geometry, method, moments, bases, ranks, sensitivities, knockouts)
     seconds = {"total": 0.0, "moments_and_bases": seconds_moments, "sensitivities": seconds_sensitivity}
-    record |= {"documents": len(used), "kept_aside": len(held)}
+    record = record | {"documents": len(used), "kept_aside": len(held)}
     artifact = Artifact(geometry, method, tensors, base, record, libraries=library_versions())
     artifact.report = report(artifact, bases["visual"], moments, sensitivities, checks, seconds)
-    seconds["total"] = time.perf_counter() - start
-    with atomic_directory(options.output, options.overwrite) as staging:
-        write_artifact(artifact, staging, model_card(artifact))
-        processor.save_pretrained(staging)
-    dense, _ = plan.bytes_per_token(options.keep_ratio)
-    return {
-        "artifact": str(options.output),
-        "model": base["id"],
-        "method": "rotatek",
-        "layers": len(geometry.compressible),
-        "kv_bytes_per_token": {"dense": dense, "compressed": artifact.bytes_per_token()},
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "plan": {"predicted_kl": checks["kl"], "ranks": {str(i): r for i, r in ranks.items()}},
-    }
+    return artifact
+
+
+def _prefilled(cutter: Cutter, items: Sequence[Encoded], batch_size: int) -> list[Prefilled]:
+    return [cutter.prefill(*items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
 
 
 def plan_from(
@@ -188,13 +233,21 @@ def plan_from(
 
 
 def artifact_tensors(
-    geometry: Geometry, method: Method, moments: Moments, bases: dict[str, dict[int, Basis]], ranks: Plan, sensitivities: dict[int, Tensor]
+    geometry: Geometry,
+    method: Method,
+    moments: Moments,
+    bases: dict[str, dict[int, Basis]],
+    ranks: Plan,
+    sensitivities: dict[int, Tensor],
+    knockouts: dict[int, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Everything of `rotatek.safetensors` (names in artifact.py)."""
     tensors: dict[str, Tensor] = {}
     for i in geometry.compressible:
         tensors[f"layers.{i}.key_rank"] = allocation.plan_tensor(ranks[i])
         tensors[f"layers.{i}.sensitivity"] = sensitivities[i]
+        if knockouts is not None:
+            tensors[f"layers.{i}.knockout"] = knockouts[i]
         for kind in method.kinds:
             values = two_sided(moments.covariance(i, kind, "value"), moments.output_gram(i))
             for side, basis in (("key", bases[kind][i]), ("value", values)):
@@ -214,7 +267,7 @@ def report(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """What `rotatek-inspect` shows: per layer and head the plan, kept energy, expected logit error and measured KL."""
-    layers = []
+    layers, knockouts = [], artifact.knockout()
     for i, ranks in artifact.ranks().items():
         heads = []
         for h, rank in enumerate(ranks):
@@ -226,6 +279,7 @@ def report(
                     "energy_kept": float(spectrum[:rank].sum()) / total if total > 0 else 1.0,
                     "expected_squared_logit_error": float(spectrum[rank:].sum()),
                     "kl_when_cut": [float(x) for x in sensitivities[i][h]],
+                    "kl_when_knocked_out": float(knockouts[i][h]) if knockouts else None,
                 }
             )
         layers.append({"layer": i, "heads": heads})
@@ -238,6 +292,7 @@ def report(
         "kv_bytes_per_token": {"dense": dense, "compressed": artifact.bytes_per_token()},
         "calibration_tokens": {k: int(moments.sums[f"{artifact.geometry.compressible[0]}.{k}.count"]) for k in artifact.method.kinds},
         "seconds": seconds,
+        "knockout": diagnosis(knockouts) if knockouts else None,
         "layers": layers,
     }
 

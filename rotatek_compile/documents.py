@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-from .batches import Encoded, encode
+from .batches import Encoded, RopeIndex, encode
 from .calibration_data.registry import DataSource
 from .errors import RotateKError
 from .geometry import Geometry
@@ -25,10 +25,15 @@ def usable(data: DataSource, count: int) -> dict[int, str]:
 
 
 class Documents(Sequence[Encoded]):
-    """Samples at these places of a data set, encoded anew at each access; slicing gives a view."""
+    """Samples at these places of a data set, encoded anew at each access; slicing gives a view.
 
-    def __init__(self, data: DataSource, places: Iterable[int], processor: Any, geometry: Geometry, eos: int) -> None:
-        self.data, self.processor, self.geometry, self.eos = data, processor, geometry, eos
+    `rope` is `rope_index(model)`, which models with several position axes need.
+    """
+
+    def __init__(
+        self, data: DataSource, places: Iterable[int], processor: Any, geometry: Geometry, eos: int, rope: RopeIndex | None = None
+    ) -> None:
+        self.data, self.processor, self.geometry, self.eos, self.rope = data, processor, geometry, eos, rope
         self.places = list(places)
 
     def __len__(self) -> int:
@@ -40,5 +45,5 @@ class Documents(Sequence[Encoded]):
     def __getitem__(self, index: slice) -> Documents: ...
     def __getitem__(self, index: int | slice) -> Encoded | Documents:
         if isinstance(index, slice):
-            return Documents(self.data, self.places[index], self.processor, self.geometry, self.eos)
-        return encode(self.processor, self.data.sample(self.places[index]), self.geometry, self.eos)
+            return Documents(self.data, self.places[index], self.processor, self.geometry, self.eos, self.rope)
+        return encode(self.processor, self.data.sample(self.places[index]), self.geometry, self.eos, self.rope)

@@ -32,6 +32,7 @@ class Geometry:
     model_type: str
     layers: tuple[LayerGeometry, ...]
     visual_token_ids: tuple[int, ...]
+    position_axes: int = 1  # 3 with M-RoPE: time, height, width
 
     @property
     def compressible(self) -> tuple[int, ...]:
@@ -46,6 +47,7 @@ class Geometry:
         return {
             "model_type": self.model_type,
             "visual_token_ids": list(self.visual_token_ids),
+            "position_axes": self.position_axes,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -64,6 +66,7 @@ class Geometry:
                 )
                 for layer in data["layers"]
             ),
+            position_axes=int(data.get("position_axes", 1)),  # artifacts before M-RoPE do not have it
         )
 
     def difference(self, other: Geometry) -> str | None:
@@ -78,6 +81,12 @@ class Geometry:
         if set(self.visual_token_ids) != set(other.visual_token_ids):
             return f"image token ids {list(self.visual_token_ids)} against {list(other.visual_token_ids)}"
         return None
+
+
+def position_axes(text: Any) -> int:
+    """Axes along which a text config's RoPE numbers tokens: 1, or one per section of M-RoPE (Qwen2-VL, arXiv 2409.12191, §2.1)."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return len(rope.get("mrope_section") or (0,))
 
 
 def geometry_of(config: Any) -> Geometry:
@@ -104,4 +113,5 @@ def geometry_of(config: Any) -> Geometry:
         LayerGeometry(layer_type=kind, query_heads=heads, kv_heads=kv_heads, head_dim=head_dim) for kind in layer_types
     )
     ids = (getattr(config, key, None) for key in ("image_token_id", "video_token_id"))
-    return Geometry(model_type=name, layers=layers, visual_token_ids=tuple(i for i in ids if isinstance(i, int)))
+    visual = tuple(i for i in ids if isinstance(i, int))
+    return Geometry(model_type=name, layers=layers, visual_token_ids=visual, position_axes=position_axes(text))

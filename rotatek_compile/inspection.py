@@ -7,6 +7,7 @@ from typing import Any
 
 from .artifact import Artifact
 from .errors import RotateKError
+from .knockout import diagnosis
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:
@@ -18,22 +19,38 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "calibration": artifact.calibration,
         "ranks": {str(i): ranks for i, ranks in artifact.ranks().items()},
         "kv_bytes_per_token": {"dense": artifact.geometry.dense_bytes_per_token(), "compressed": artifact.bytes_per_token()},
+        "knockout": knockout_summary(artifact),
         "report": artifact.report,
     }
 
 
+def knockout_summary(artifact: Artifact) -> dict[str, Any] | None:
+    """Knock-out KL by layer and head, and what it says of the model; None for artifacts that have none."""
+    table = artifact.knockout()
+    return {"kl": {str(i): [float(x) for x in heads] for i, heads in table.items()}, **diagnosis(table)} if table else None
+
+
 def describe(artifact: Artifact) -> str:
-    """Header and one line per layer and head: rank, energy kept, expected squared logit error, KL when cut."""
+    """Header, one line per layer and head (rank, energy kept, expected squared logit error, KL when cut), and the map of knock-outs."""
+    return "\n".join([*_header(artifact), *_heads(artifact), *_knockout_map(artifact)])
+
+
+def _header(artifact: Artifact) -> list[str]:
     method, dense, compressed = artifact.method, artifact.geometry.dense_bytes_per_token(), artifact.bytes_per_token()
-    levels = " ".join(f"{level:>9}" for level in method.levels)
-    lines = [
-        f"base model {artifact.base_model.get('id')} ({artifact.geometry.model_type}), {len(artifact.ranks())} layers compressed",
-        f"basis {method.basis}, {method.allocation} ranks, keep ratio {method.keep_ratio}, span {method.span}, window {method.window}",
+    return [
+        f"base model {artifact.base_model.get('id')} ({artifact.geometry.model_type}), "
+        f"{len(artifact.geometry.compressible)} layers compressed",
+        f"{method.words}, span {method.span}, window {method.window}",
         f"calibrated on {artifact.calibration.get('num_samples')} samples of {artifact.calibration.get('data')}",
         f"bytes per coded token, all layers: {dense} dense, {compressed:.0f} compressed ({dense / compressed:.2f}x smaller)",
-        "",
-        f"layer head  rank  energy kept  logit error²   KL when cut to rank {levels}",
     ]
+
+
+def _heads(artifact: Artifact) -> list[str]:
+    if artifact.method.rival is not None:
+        return []
+    levels = " ".join(f"{level:>9}" for level in artifact.method.levels)
+    lines = ["", f"layer head  rank  energy kept  logit error²   KL when cut to rank {levels}"]
     for i, ranks in artifact.ranks().items():
         sensitivity = artifact.tensors[f"layers.{i}.sensitivity"]
         spectrum = artifact.tensors[f"layers.{i}.visual.key_spectrum"]
@@ -43,7 +60,24 @@ def describe(artifact: Artifact) -> str:
             error = float(spectrum[h, rank:].sum())  # a spectrum is in squared logits
             cut = " ".join(f"{float(x):9.2e}" for x in sensitivity[h])
             lines.append(f"{i:5} {h:4} {rank:5} {kept:12.4f} {error:13.3e}   {'':19} {cut}")
-    return "\n".join(lines)
+    return lines
+
+
+def _knockout_map(artifact: Artifact) -> list[str]:
+    """KL per answer token, layers down and heads across, and one line of diagnosis; nothing without knock-outs."""
+    table = artifact.knockout()
+    if not table:
+        return []
+    found = diagnosis(table)
+    heads = max(len(row) for row in table.values())
+    return [
+        "",
+        "KL when the image Keys and Values of one head alone become their means (nats per answer token)",
+        "layer " + " ".join(f"{f'head {h}':>8}" for h in range(heads)),
+        *(f"{i:<5} " + " ".join(f"{float(x):8.3f}" for x in row) for i, row in table.items()),
+        f"{found['share_above']:.0%} of {found['pairs']} (layer, head) pairs cost at least {found['threshold']} alone; "
+        f"{found['pairs_for_90_percent']} of them carry 90 % of the sum",
+    ]
 
 
 def compare(first: Artifact, second: Artifact) -> str:
@@ -61,7 +95,8 @@ def compare(first: Artifact, second: Artifact) -> str:
             lines.append(f"{name}: {value} | {other[name]}")
     a, b = first.bytes_per_token(), second.bytes_per_token()
     lines.append(f"bytes per coded token: {a:.0f} | {b:.0f}")
-    lines.append("layer  ranks | ranks")
-    ranks = second.ranks()
-    lines.extend(f"{i:5}  {r} | {ranks[i]}" for i, r in first.ranks().items())
+    if first.method.rival is None and second.method.rival is None:
+        lines.append("layer  ranks | ranks")
+        ranks = second.ranks()
+        lines.extend(f"{i:5}  {r} | {ranks[i]}" for i, r in first.ranks().items())
     return "\n".join(lines)

@@ -15,7 +15,9 @@ from ..errors import UsageError
 @click.option("--model", help="Alias, local directory or Hub id; see --list-models.")
 @click.option("--calib", help="Data set name or local path; see --list-data.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact directory. Default: artifacts/MODEL-CALIB.")
-@click.option("--keep-ratio", type=float, default=0.25, show_default=True, help="Fraction of Key directions kept, mean over heads.")
+@click.option("--method", default="rotatek", show_default=True, help="rotatek, or a rival: head-drop, head-drop-native, int4, kivi2, ...")
+@click.option("--keep-ratio", type=float, help="Fraction of Key directions kept, mean over heads. Default: 0.25.")
+@click.option("--kv-budget", type=float, help="Rivals: at most this fraction of the dense bytes of Keys and Values.")
 @click.option("--basis", default="two-sided", show_default=True, help="two-sided, pca or paper.")
 @click.option("--allocation", default="allocated", show_default=True, help="allocated (by measured KL) or uniform ranks.")
 @click.option("--span", default="visual", show_default=True, help="What is coded: visual, or all (old text too).")
@@ -61,7 +63,7 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
         summary: dict[str, Any] = {
             "artifact": str(target),
             "model": plan.source.name,
-            "method": "rotatek",
+            "method": chosen.method,
             "layers": len(plan.geometry.compressible),
             "kv_bytes_per_token": {"dense": dense, "compressed": compressed},
             "seconds": None,
@@ -69,10 +71,12 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
             "data": {"name": plan.data.name, "split": plan.data.split, "num_samples": chosen.num_samples},
         }
         first = layers[plan.geometry.compressible[0]]
+        ours = f"basis {chosen.basis}, {chosen.allocation} ranks, keep ratio {chosen.keep_ratio}"
+        words = plan.rival.method.words if plan.rival else ours
         text = (
             f"{plan.source.name} ({plan.geometry.model_type}): {len(layers)} text layers, {summary['layers']} compressed, "
             f"{first.query_heads}/{first.kv_heads} heads of {first.head_dim}\n"
-            f"basis {chosen.basis}, {chosen.allocation} ranks, keep ratio {chosen.keep_ratio}, span {chosen.span}, window {chosen.window}\n"
+            f"{words}, span {chosen.span}, window {chosen.window}\n"
             f"data {plan.data.name}, {chosen.num_samples} samples\n"
             f"bytes per coded token, all layers: {dense} dense, about {compressed:.0f} compressed ({dense / compressed:.2f}x smaller)\n"
             f"would write {target}"
@@ -80,10 +84,16 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
     else:
         summary = compile_artifact(chosen)
         sizes, seconds = summary["kv_bytes_per_token"], summary["seconds"]
+        parts = [name for name in seconds if name != "total"]
         text = (
             f"wrote {summary['artifact']}: {summary['layers']} layers, {sizes['dense']} -> {sizes['compressed']:.0f} bytes per coded token "
             f"({sizes['dense'] / sizes['compressed']:.2f}x smaller)\n"
-            f"plan KL on documents kept aside: {summary['plan']['predicted_kl']:.2e} nats per answer token\n"
-            f"seconds: moments and bases {seconds['moments_and_bases']}, sensitivities {seconds['sensitivities']}, total {seconds['total']}"
+            + (
+                f"plan KL on documents kept aside: {summary['plan']['predicted_kl']:.2e} nats per answer token\n"
+                if chosen.method == "rotatek"
+                else f"{summary['plan']['setting']}\n"
+            )
+            + "seconds: "
+            + ", ".join(f"{name.replace('_', ' ')} {seconds[name]}" for name in (*parts, "total"))
         )
     click.echo(json.dumps(summary) if as_json else text)

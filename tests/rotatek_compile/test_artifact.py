@@ -90,6 +90,11 @@ def test_what_was_compiled(compiled):
         (lambda c: c["rotatek"].update(window=0), "window is 0"),
         (lambda c: c["rotatek"].update(window="128"), "window is '128'"),
         (lambda c: c["rotatek"].update(keep_ratio=float("nan")), "keep_ratio is nan"),
+        (lambda c: c["rotatek"].update(rival=3), "rival is 3"),
+        (lambda c: c["rotatek"].update(kv_budget="half"), "kv_budget is 'half'"),
+        (lambda c: c["rotatek"].update(kv_budget=0), "kv_budget is 0"),
+        (lambda c: c["geometry"].update(position_axes=0), "position_axes is 0"),
+        (lambda c: c["geometry"].update(position_axes="three"), "section geometry is damaged"),
         (lambda c: c["rotatek"].update(keep_ratio="0.25"), "keep_ratio is '0.25'"),
         (lambda c: c["rotatek"].update(fallback_factor="8"), "fallback_factor is '8'"),
         (lambda c: c["rotatek"].update(levels=[float("inf")]), "section rotatek is damaged"),
@@ -149,6 +154,11 @@ def with_entry(index, value):
         (put(ENCODE, torch.Tensor.half), f"tensor {ENCODE} is float16, expected float32"),
         (put(ENCODE, lambda t: t.to(torch.float8_e4m3fn)), f"tensor {ENCODE} is float8_e4m3fn, expected float32"),
         (put(ENCODE, lambda t: t[:, :, :-1]), f"tensor {ENCODE} has shape [2, 32, 31], the geometry wants [2, 32, 32]"),
+        (put("layers.1.knockout", with_entry(0, float("nan"))), "layers.1.knockout holds NaN or infinity"),
+        (put("layers.1.knockout", with_entry(1, -0.5)), "layers.1.knockout has a negative entry (-0.5)"),
+        (put("layers.1.knockout", lambda t: t[:1]), "layers.1.knockout has shape [1], the geometry wants [2]"),
+        (put("layers.1.knockout", torch.Tensor.double), "layers.1.knockout is float64, expected float32"),
+        (lambda tensors: tensors.pop("layers.1.knockout"), "tensor layers.1.knockout is missing"),
         (lambda tensors: tensors.pop(ENCODE), f"tensor {ENCODE} is missing"),
         (lambda tensors: tensors.clear() or tensors.update(other=torch.zeros(1)), "tensor layers.0.key_rank is missing"),
     ],
@@ -157,6 +167,18 @@ def test_damaged_tensors(broken_artifact, change, words):
     edit_tensors(broken_artifact, change)
     said = refused(broken_artifact)
     assert words in said and said.endswith("; compile the artifact again")
+
+
+def test_artifacts_of_the_first_version_load(broken_artifact):
+    """They have no knock-outs, no rival and no position axes."""
+    edit_tensors(broken_artifact, lambda tensors: [tensors.pop(f"layers.{i}.knockout") for i in range(3)])
+
+    def older(config):
+        del config["geometry"]["position_axes"], config["rotatek"]["rival"], config["rotatek"]["kv_budget"]
+
+    edit_config(broken_artifact, older)
+    artifact = read_artifact(broken_artifact)
+    assert (artifact.knockout(), artifact.geometry.position_axes, artifact.method.rival) == ({}, 1, None)
 
 
 @pytest.mark.parametrize(

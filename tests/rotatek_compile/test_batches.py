@@ -56,7 +56,7 @@ class FakeProcessor:
 
 
 def test_encode():
-    processor, geometry = FakeProcessor(), SimpleNamespace(visual_token_ids=(5,))
+    processor, geometry = FakeProcessor(), SimpleNamespace(visual_token_ids=(5,), position_axes=1)
     sample = Sample(id="s", images=("a", "b"), question="q?", answers=("ok", "no"))
     assert prompt_text(processor, 2, "q?") == "IITq?"
     item = encode(processor, sample, geometry, 2)

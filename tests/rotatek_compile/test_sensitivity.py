@@ -23,8 +23,8 @@ def full_logprobs(model, item):
 def test_the_reference_is_a_plain_forward_pass(cutter, tiny, documents):
     for item in documents:
         doc = cutter().prefill(item)
-        assert (doc.reference - full_logprobs(tiny, item)).abs().max() < 1e-4
-        assert [s.stop - s.start for s in doc.segments] == {"0": [88], "1": [56, 52], "2": [52], "3": [88], "4": [56]}[item.sample.id]
+        assert (doc.reference[0] - full_logprobs(tiny, item)).abs().max() < 1e-4
+        assert doc.coded[0].sum(0).tolist() == {"0": [88], "1": [56, 52], "2": [52], "3": [88], "4": [56]}[item.sample.id]
 
 
 def test_full_rank_costs_nothing_and_cuts_cost_more(cutter, documents):
@@ -93,7 +93,8 @@ def test_measure_is_the_mean_per_answer_token(cutter, documents):
 
 def test_span_all_cuts_text_too(cutter, documents):
     doc = cutter(span_all=True).prefill(documents[1])
-    assert doc.segments == [slice(0, documents[1].visual_end)]
+    assert doc.coded.tolist() == [[[1.0]] * documents[1].visual_end]
+    assert doc.images[0].sum(0).tolist() == [56, 52]
 
 
 def test_levels():

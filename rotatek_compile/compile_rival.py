@@ -1,0 +1,58 @@
+"""Compiling for a rival method: knock-outs are measured, because that is all a rival can learn; the rest is its name and setting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .artifact import OURS, Artifact, Method, library_versions
+from .batches import Encoded
+from .errors import UsageError
+from .geometry import Geometry
+from .knockout import diagnosis, measure_knockouts
+from .sensitivity import Cutter
+
+if TYPE_CHECKING:
+    from .compiler import CompileOptions
+
+
+def rival_artifact(options: CompileOptions, geometry: Geometry, knockouts: dict[int, Tensor] | None = None) -> Artifact:
+    """An artifact that names a rival method and its setting; without knock-outs (fp32 [Hkv] by layer) it only tells bytes.
+
+    Raises:
+        UsageError: a name, budget or keep ratio that the rival registry refuses.
+    """
+    from .runtime.rivals.registry import RIVALS, make_coder
+
+    if options.method not in RIVALS:
+        raise UsageError(f"unknown --method {options.method!r}; choose one of {', '.join([OURS, *RIVALS])}")
+    heads = knockouts or {i: torch.zeros(geometry.layers[i].kv_heads) for i in geometry.compressible}
+    make_coder(options.method, geometry, kv_budget=options.kv_budget, keep_ratio=options.keep_ratio, state={"knockout": heads})
+    ratio = 1.0 if options.keep_ratio is None else options.keep_ratio
+    method = Method(window=options.window, keep_ratio=ratio, rival=options.method, kv_budget=options.kv_budget)
+    return Artifact(geometry, method, {f"layers.{i}.knockout": t for i, t in heads.items()}, {}, {})
+
+
+def compile_rival(
+    options: CompileOptions, geometry: Geometry, model: Any, items: Sequence[Encoded], base: dict[str, Any], record: dict[str, Any]
+) -> Artifact:
+    """Measure knock-outs on all items.
+
+    Args:
+        base, record: what the artifact says of its checkpoint and calibration data.
+    """
+    before = time.perf_counter()
+    cutter = Cutter(model, geometry, {}, span_all=False)
+    artifact = rival_artifact(options, geometry, measure_knockouts(cutter, items, options.quiet, options.batch_size))
+    artifact.base_model, artifact.calibration, artifact.libraries = base, record | {"documents": len(items)}, library_versions()
+    artifact.report = {
+        "kv_bytes_per_token": {"dense": geometry.dense_bytes_per_token(), "compressed": artifact.bytes_per_token()},
+        "seconds": {"total": 0.0, "sensitivities": time.perf_counter() - before},
+        "knockout": diagnosis(artifact.knockout()),
+        "layers": [{"layer": i, "kl_when_knocked_out": [float(x) for x in heads]} for i, heads in artifact.knockout().items()],
+    }
+    return artifact
