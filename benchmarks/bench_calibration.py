@@ -19,7 +19,7 @@ import transformers
 from rotatek_compile.bases import calibrated_basis
 from rotatek_compile.batches import Encoded, encode, end_ids, merge_media, pad, position_ids
 from rotatek_compile.calibrate import MomentStore, calibrate
-from rotatek_compile.calibration_data.forms import Forms
+from rotatek_compile.calibration_data.bundled import BundledSet
 from rotatek_compile.compiler import SENSITIVITY_DOCUMENTS
 from rotatek_compile.models import checked_geometry, load_config, load_model, load_processor, resolve
 from rotatek_compile.sensitivity import Cutter, levels_for, measure
@@ -48,7 +48,7 @@ def main() -> None:
     source = resolve("tiny-llava-next")
     geometry = checked_geometry(load_config(source))
     model, processor = load_model(source, torch.float32, device), load_processor(source)
-    items = [encode(processor, s, geometry, end_ids(model)[0]) for s in Forms("calibration").iterate(args.documents)]
+    items = [encode(processor, s, geometry, end_ids(model)[0]) for s in BundledSet("mixed", "calibration").iterate(args.documents)]
     pad_id = processor.tokenizer.pad_token_id
     plain_forward(model, items[:8], args.batch_size, pad_id)  # warm-up
 

@@ -25,7 +25,7 @@ from rotatek_compile.artifact import Artifact, Method
 from rotatek_compile.bases import calibrated_basis
 from rotatek_compile.batches import Encoded, encode, end_ids
 from rotatek_compile.calibrate import MomentStore, calibrate
-from rotatek_compile.calibration_data.forms import Forms
+from rotatek_compile.calibration_data.bundled import BundledSet
 from rotatek_compile.compiler import artifact_tensors
 from rotatek_compile.evaluate import Evaluator, evaluate
 from rotatek_compile.models import checked_geometry, load_config, load_model, load_processor, resolve
@@ -54,7 +54,7 @@ class Bench:
         self.bases = {i: calibrated_basis("two-sided", self.moments.covariance(i, "visual", "key"), query[i]) for i in query}
 
     def items(self, split: str, count: int) -> list[Encoded]:
-        return [encode(self.processor, s, self.geometry, self.eos[0]) for s in Forms(split).iterate(count)]
+        return [encode(self.processor, s, self.geometry, self.eos[0]) for s in BundledSet("mixed", split).iterate(count)]
 
     def artifact(self, plan: dict[int, list[int]], fallback_factor: float = 0.0) -> Artifact:
         method = Method(fallback_factor=fallback_factor)

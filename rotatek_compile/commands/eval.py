@@ -1,4 +1,4 @@
-"""rotatek-eval: exact match, KL to the dense model, and bytes."""
+"""rotatek-eval: exact match, KL to the dense model, and bytes, of an artifact and of rivals."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import Any
 
 import click
 
-from ..errors import UsageError
+from ..errors import RotateKError, UsageError
 
 
-@click.command("eval", help="Measure ARTIFACT against the dense model on a data set.")
+@click.command("eval", help="Measure ARTIFACT against the dense model, and against other methods, on a data set.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--data", required=True, help="Data set name or local path.")
-@click.option("--ask", default="after", show_default=True, help="after: the question comes once the images are compressed; with: before.")
-@click.option("--num-samples", type=int, default=50, show_default=True)
+@click.option("--ask", help="after: the question comes once the images are compressed; with: before.  [default: after; suites: both]")
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="Another method too: rotatek or a rival; may repeat.")
+@click.option("--kv-budget", "budgets", type=float, multiple=True, metavar="F", help="KV bytes of images over dense; may repeat.")
+@click.option("--keep-ratio", "ratios", type=float, multiple=True, metavar="F", help="What a method keeps of Keys or heads; may repeat.")
+@click.option("--suite", help="A whole comparison: rivals.")
+@click.option("--quick", is_flag=True, help="Only 12 documents: minutes on a small machine.")
+@click.option("--num-samples", type=int, help="Documents.  [default: 50]")
 @click.option("--batch-size", type=int, default=4, show_default=True)
 @click.option("--max-new-tokens", type=int, default=32, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -24,45 +29,112 @@ from ..errors import UsageError
 @click.option("--model", help="Base weights other than the recorded ones.")
 @click.option("--dtype", help="float32, float16 or bfloat16.")
 @click.option("--device", help="cpu, cuda or cuda:N.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for results.csv and documents.jsonl.")
+@click.option("--resume", is_flag=True, help="Go on with the evaluation in --output.")
+@click.option("--plot", is_flag=True, help="Draw the results into --output (needs matplotlib).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(artifact: Path, data: str, **options: Any) -> None:
-    for name in ("num_samples", "batch_size", "max_new_tokens"):
-        if options[name] < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {options[name]} is out of range; it must be at least 1")
+    _check(options)
     from ..evaluate import ASK
 
-    if options["ask"] not in ASK:
+    if options["ask"] is not None and options["ask"] not in ASK:
         raise UsageError(f"unknown --ask {options['ask']!r}; choose one of {', '.join(ASK)}")
-    from ..api import load_base
+    asks = (options["ask"],) if options["ask"] else ASK if options["suite"] else ASK[:1]
+    measured, samples = _measure(artifact, data, asks, options)
+    rows = [m.to_json() for m in measured]
+    if options["as_json"]:
+        result = {"data": data, "samples": samples, "ask": asks[0] if len(asks) == 1 else list(asks), "rows": rows}
+        click.echo(json.dumps(result | ({"suite": options["suite"]} if options["suite"] else {})))
+        return
+    for ask in asks:
+        click.echo(f"{data}, {samples} samples, question asked {ask} compression")
+        _print([row for row in rows if row["ask"] == ask])
+
+
+def _check(options: dict[str, Any]) -> None:
+    for name in ("num_samples", "batch_size", "max_new_tokens"):
+        if options[name] is not None and options[name] < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {options[name]} is out of range; it must be at least 1")
+    for name, values in (("--kv-budget", options["budgets"]), ("--keep-ratio", options["ratios"])):
+        for value in values:
+            if not 0 < value <= 1:
+                raise UsageError(f"{name} {value} is out of range; it must be above 0 and at most 1")
+        if values and not options["methods"]:
+            raise UsageError(f"{name} says how a --method is to be run; name one (the artifact has its own)")
+    if options["suite"] is not None and options["methods"]:
+        raise UsageError("--suite and --method contradict each other; choose one")
+    if options["quick"] and options["num_samples"] is not None:
+        raise UsageError("--quick and --num-samples contradict each other; choose one")
+    if options["suite"] is not None and options["output"] is None:
+        raise UsageError("--suite writes files; say where with --output DIR")
+    for name in ("resume", "plot"):
+        if options[name] and options["output"] is None:
+            raise UsageError(f"--{name} needs --output DIR")
+
+
+def _measure(artifact: Path, data: str, asks: tuple[str, ...], options: dict[str, Any]) -> tuple[list[Any], int]:
+    from ..api import base_source, load_base
     from ..artifact import read_artifact
-    from ..batches import end_ids
+    from ..batches import end_ids, rope_index
     from ..calibration_data.registry import open_data
     from ..documents import Documents, usable
-    from ..evaluate import Evaluator, evaluate
+    from ..evaluate import Evaluator
+    from ..journal import FILE, Journal
+    from ..methods import SUITES, Methods
     from ..models import choose_device
+    from ..plots import plot_results, require_matplotlib
     from ..runtime.backends import choose_backend
     from ..runtime.enable import enable
+    from ..suite import QUICK_DOCUMENTS, batch_sizes, facts_of, read_results, run_entries, write_results
 
+    if options["plot"]:
+        require_matplotlib()
+    if options["suite"] is not None and options["suite"] not in SUITES:
+        raise UsageError(f"unknown --suite {options['suite']!r}; choose one of {', '.join(SUITES)}")
+    output, size = options["output"], options["batch_size"]
+    if output is not None and not options["resume"] and (output / FILE).exists():
+        raise RotateKError(f"{output / FILE} holds an evaluation already; pass --resume to go on with it, or another --output")
     read = read_artifact(artifact)
     source = open_data(data, "evaluation", options["seed"])
     choose_backend(options["backend"], choose_device(options["device"]))
-    samples = usable(source, options["num_samples"])  # before weights are loaded: a picture that does not open is said at once
+    count = QUICK_DOCUMENTS if options["quick"] else options["num_samples"] or 50
+    samples = usable(source, count)  # before weights are loaded: a picture that does not open is said at once
     model, processor = load_base(read, model=options["model"], dtype=options["dtype"], device=options["device"])
     eos = end_ids(model)
-    items = Documents(source, samples, processor, read.geometry, eos[0])
-    evaluator = Evaluator(model, processor, options["ask"], eos, options["max_new_tokens"])
+    items = Documents(source, samples, processor, read.geometry, eos[0], rope_index(model))
+    evaluators = [Evaluator(model, processor, ask, eos, options["max_new_tokens"]) for ask in asks]
     with enable(model, read, backend=options["backend"], fallback=not options["no_fallback"]) as active:
-        methods = {"dense": evaluator.dense_cache, "artifact": active.new_cache}
-        rows = evaluate(evaluator, items, methods, options["batch_size"], options["quiet"])
-    result = {"data": data, "samples": len(items), "ask": options["ask"], "rows": [row.to_json() for row in rows]}
-    if options["as_json"]:
-        click.echo(json.dumps(result))
-        return
-    click.echo(f"{data}, {len(items)} samples, question asked {options['ask']} compression")
-    click.echo(f"{'method':10} {'exact':>7} {'ANLS':>7} {'KL':>10} {'KV bytes':>12} {'dense':>12} {'coded span':>12} {'dense':>12}")
-    for row in result["rows"]:
+        methods = Methods(active)
+        if options["suite"]:
+            entries = methods.suite(options["suite"])
+        else:
+            chosen = methods.chosen(options["methods"], options["budgets"], options["ratios"])
+            entries = [methods.dense(), methods.compiled(), *chosen]
+        if output is None:
+            return run_entries(evaluators, entries, items, size, options["quiet"]), len(items)
+        same = {name: options[name] for name in ("seed", "max_new_tokens", "batch_size")}
+        same |= {"backend": active.backend.name, "fallback": not options["no_fallback"]}
+        facts = facts_of(read, base_source(read, options["model"]), evaluators[0], source, list(samples.values()), same)
+        labels = [entry.label for entry in entries]
+        with Journal(output, facts, asks, labels, batch_sizes(len(items), size), options["resume"]) as journal:
+            try:
+                measured = run_entries(evaluators, entries, items, size, options["quiet"], journal)
+            except KeyboardInterrupt:
+                raise RotateKError(f"interrupted; what was measured is in {journal.file}, go on with --resume") from None
+        file = write_results(output, measured, facts)
+        if options["plot"]:
+            plot_results(read_results(file), output)
+    return measured, len(items)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    short = [row["method"] == "artifact" or not row["setting"] for row in rows]
+    named = [(row["method"] if alone else f"{row['method']} ({row['setting']})", row) for alone, row in zip(short, rows, strict=True)]
+    width = max(10, *(len(name) for name, _ in named))
+    click.echo(f"{'method':{width}} {'exact':>7} {'ANLS':>7} {'KL':>10} {'KV bytes':>12} {'dense':>12} {'coded span':>12} {'dense':>12}")
+    for name, row in named:
         click.echo(
-            f"{row['method']:10} {row['exact_match']:7.3f} {row['anls']:7.3f} {row['kl']:10.2e} {row['kv_bytes']:12,.0f} "
+            f"{name:{width}} {row['exact_match']:7.3f} {row['anls']:7.3f} {row['kl']:10.2e} {row['kv_bytes']:12,.0f} "
             f"{row['kv_bytes_dense']:12,.0f} {row['span_bytes']:12,.0f} {row['span_bytes_dense']:12,.0f}"
         )

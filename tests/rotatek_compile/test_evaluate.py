@@ -1,38 +1,12 @@
-"""Scores on hand values, and the evaluator: batches, modes, greedy answers and KL against plain model calls."""
+"""The evaluator: batches, modes, the shared prefill, greedy answers and KL against plain model calls."""
 
 import pytest
 import torch
 
-from rotatek_compile.evaluate import Evaluator, anls, evaluate, exact_match, normalise
+from rotatek_compile.evaluate import Evaluator, evaluate
 from rotatek_compile.runtime.enable import enable
 
 EOS = 2
-
-
-def test_exact_match_normalises():
-    assert normalise("  a \t b\n") == "a b"
-    assert exact_match("Cafe\u0301  noir ", ["x", "Caf\u00e9 noir"])
-    assert not exact_match("cafe noir", ["Cafe noir"])  # case counts
-    assert not exact_match("ab", ["a b"])
-    assert not exact_match("x", [])
-
-
-@pytest.mark.parametrize(
-    ("text", "answers", "expected"),
-    [
-        ("Hello", ["hello"], 1.0),
-        ("hella", ["hello"], 0.8),
-        ("kitten", ["sitting"], 1 - 3 / 7),
-        ("abcd", ["abxy"], 0.5),
-        ("abc", ["axy"], 0.0),
-        ("hella", ["zzz", "hello"], 0.8),
-        ("", ["a"], 0.0),
-        ("a  b", ["a b"], 1.0),
-        ("", [""], 1.0),
-    ],
-)
-def test_anls_by_hand(text, answers, expected):
-    assert anls(text, answers) == pytest.approx(expected)
 
 
 def evaluator(tiny, fake_processor, ask, new=6):
@@ -71,13 +45,14 @@ def test_batches_score_alike(tiny, fake_processor, documents, make_artifact, ask
     artifact = make_artifact([[8, 24], [0, 16], [8, 8]], span="all")
     one, three = (rows(tiny, fake_processor, documents, artifact, ask, batch) for batch in (1, 3))
     for a, b in zip(one, three, strict=True):
-        assert (a.samples, a.exact, a.texts, a.answer_tokens) == (b.samples, b.exact, b.texts, b.answer_tokens)
-        assert a.kl == pytest.approx(b.kl, rel=1e-3, abs=1e-6)
-        assert a.anls == pytest.approx(b.anls)
-        assert a.bytes.dense == b.bytes.dense  # real tokens only
+        for one_doc, other in zip(a.outcomes, b.outcomes, strict=True):
+            assert (one_doc.id, one_doc.exact, one_doc.text) == (other.id, other.exact, other.text)
+            assert one_doc.kl == pytest.approx(other.kl, rel=1e-3, abs=1e-6)
+            assert one_doc.anls == pytest.approx(other.anls)
+            assert one_doc.bytes["dense"] == other.bytes["dense"]  # real tokens only
+        assert (a.samples, a.answer_tokens) == (b.samples, b.answer_tokens) == (5, sum(len(item.answer) for item in documents))
     assert one[0].kl == 0.0
     assert one[1].kl > 1e-3
-    assert one[1].answer_tokens == sum(len(item.answer) for item in documents)
 
 
 @pytest.mark.parametrize("ask", ["after", "with"])
@@ -120,3 +95,55 @@ def test_exact_matches_are_counted(tiny, fake_processor, documents):
     row = evaluate(run, right, {"dense": run.dense_cache}, 2)[0].to_json()
     assert row["exact_match"] == 3 / 5
     assert row["anls"] >= 3 / 5
+
+
+@pytest.mark.parametrize("ask", ["after", "with"])
+def test_shared_prefill_gives_what_own_prefill_gives(tiny, fake_processor, documents, make_artifact, ask):
+    run = evaluator(tiny, fake_processor, ask)
+    with enable(tiny, make_artifact([[8, 24], [0, 16], [8, 8]]), backend="torch") as enabled:
+        prefilled = run.prefill(documents[:3])
+        for make in (enabled.new_cache, run.dense_cache, enabled.new_cache):  # the recording survives being used
+            shared, own = run.finish(prefilled, make()), run.answer(documents[:3], make())
+            assert shared.generated == own.generated
+            assert (shared.bytes, shared.tokens) == (own.bytes, own.tokens)
+            assert all(torch.equal(a, b) for a, b in zip(shared.logprobs, own.logprobs, strict=True))
+
+
+def test_a_batch_is_prefilled_once(tiny, fake_processor, documents, make_artifact, monkeypatch):
+    run, seen = evaluator(tiny, fake_processor, "after", new=2), []
+    forward = type(tiny.model.vision_tower).forward
+    monkeypatch.setattr(type(tiny.model.vision_tower), "forward", lambda self, *a, **k: seen.append(1) or forward(self, *a, **k))
+    with enable(tiny, make_artifact(8), backend="torch") as enabled:
+        evaluate(run, documents, {"dense": run.dense_cache, "a": enabled.new_cache, "b": enabled.new_cache}, 3)
+    assert len(seen) == 2  # two batches, whatever the methods
+
+
+def test_compressed_cache_needs_an_enabled_model(tiny, fake_processor, documents, make_artifact):
+    run = evaluator(tiny, fake_processor, "after")
+    with enable(tiny, make_artifact(8), backend="torch") as enabled:
+        cache = enabled.new_cache()
+    with pytest.raises(RuntimeError, match="inside rotatek_compile.enable"):
+        run.finish(run.prefill(documents[:1]), cache)
+
+
+def test_bytes_of_documents_sum_to_those_of_the_cache(tiny, fake_processor, documents, make_artifact):
+    run = evaluator(tiny, fake_processor, "after")
+    with enable(tiny, make_artifact(8), backend="torch") as enabled:
+        whole = run.answer(documents, enabled.new_cache()).bytes
+        row = evaluate(run, documents, {"dense": run.dense_cache, "artifact": enabled.new_cache}, 5)[1]
+    assert row.to_json()["span_bytes"] * 5 == pytest.approx(whole.span)
+    assert row.to_json()["kv_bytes"] * 5 == pytest.approx(whole.total)
+    per_token = 3 * 2 * 2 * 32 * 2  # layers, Key and Value, heads, channels, bytes
+    for item, outcome in zip(documents, row.outcomes, strict=True):
+        tokens = outcome.bytes["dense"] / per_token
+        assert len(item.prompt) <= tokens <= len(item.prompt) + 5 and tokens == int(tokens)
+
+
+def test_finished_batches_are_not_run_again(tiny, fake_processor, documents):
+    run, kept = evaluator(tiny, fake_processor, "after", new=2), []
+    methods = {"dense": run.dense_cache}
+    whole = evaluate(run, documents, methods, 2, keep=lambda number, found: kept.append((number, found)))
+    assert [number for number, _ in kept] == [0, 1, 2] and [len(found[0]) for _, found in kept] == [2, 2, 1]
+    again = []
+    rest = evaluate(run, documents, methods, 2, finished=[kept[0][1], kept[1][1]], keep=lambda number, found: again.append(number))
+    assert again == [2] and rest == whole

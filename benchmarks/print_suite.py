@@ -1,0 +1,94 @@
+"""Markdown tables of an evaluation, from the results.csv that `rotatek-eval --output` wrote.
+
+    python benchmarks/print_suite.py results.csv              # one line per method and setting, both modes beside each other
+    python benchmarks/print_suite.py results.csv --skills     # exact match per skill, question asked after compression
+    python benchmarks/print_suite.py results.csv --skills with
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rotatek_compile.errors import RotateKError
+from rotatek_compile.suite import ALL, read_results
+
+Rows = list[dict[str, str]]
+
+
+def name_of(row: dict[str, str]) -> str:
+    """Method, its setting, and a mark where it could not do with the budget that was wanted."""
+    words = f"{row['method']}, {row['setting']}" if row["setting"] else row["method"]
+    wanted, given = row["requested_budget"], row["kv_budget"]
+    return f"{words} (wanted {float(wanted):.3g})" if wanted and given and float(given) > float(wanted) else words
+
+
+def spread(row: dict[str, str], name: str, form: str) -> str:
+    """A score and its interval."""
+    value, low, high = (format(float(row[key]), form) for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value} [{low}, {high}]"
+
+
+def share(row: dict[str, str], part: str) -> str:
+    """Bytes over dense bytes."""
+    dense = float(row[f"{part}_bytes_dense"])
+    return f"{float(row[f'{part}_bytes']) / dense:.4f}" if dense else "-"
+
+
+def heading(rows: Rows) -> str:
+    """What was measured, on what."""
+    first = rows[0]
+    versions = f"torch {first['torch']}, transformers {first['transformers']}"
+    return f"{first['model']}, {first['samples']} documents of {first['data']}, {first['device']}, {first['dtype']}, {versions}"
+
+
+def methods_table(rows: Rows) -> list[str]:
+    """Bytes, exact match and KL of every method, over all skills."""
+    whole = [row for row in rows if row["skill"] == ALL]
+    asks = list(dict.fromkeys(row["ask"] for row in whole))
+    columns = ["method", "coded span / dense", "KV / dense"]
+    columns += [words for ask in asks for words in (f"`{ask}`: exact match", f"`{ask}`: KL per token")]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    by_name = {ask: {name_of(row): row for row in whole if row["ask"] == ask} for ask in asks}
+    for name, row in by_name[asks[0]].items():
+        cells = [name, share(row, "span"), share(row, "kv")]
+        for ask in asks:
+            cells += [spread(by_name[ask][name], "exact_match", ".3f"), spread(by_name[ask][name], "kl", ".1e")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def skills_table(rows: Rows, ask: str) -> list[str]:
+    """Exact match of every method per skill."""
+    chosen = [row for row in rows if row["ask"] == ask]
+    skills = list(dict.fromkeys(row["skill"] for row in chosen))
+    lines = [f"| method | coded span / dense | {' | '.join(skills)} |", "|" + "---|" * (len(skills) + 2)]
+    for name in dict.fromkeys(name_of(row) for row in chosen):
+        own = {row["skill"]: row for row in chosen if name_of(row) == name}
+        cells = [name, share(own[ALL], "span"), *(f"{float(own[skill]['exact_match']):.3f}" for skill in skills)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> int:
+    """Parse and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("--skills", nargs="?", const="after", choices=("after", "with"), help="exact match per skill in this mode")
+    args = parser.parse_args()
+    try:
+        rows = read_results(args.csv)
+    except RotateKError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if args.skills and args.skills not in {row["ask"] for row in rows}:
+        print(f"error: {args.csv} has no rows of mode {args.skills}; evaluate with --ask {args.skills}", file=sys.stderr)
+        return 2
+    print(heading(rows) + "\n")
+    print("\n".join(skills_table(rows, args.skills) if args.skills else methods_table(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Methods that an evaluation compares: the dense model, the artifact, its bases at other keep ratios, and the rivals.
+
+Every one is an `Entry`: what it is called in a table, and a maker of fresh caches for the model that `enable` is active on.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from .allocate import plan_tensor, uniform_plan
+from .artifact import OURS, Artifact
+from .errors import RotateKError, UsageError
+from .runtime.cache import RotateKCache
+from .runtime.coder import Coder
+from .runtime.enable import enable
+from .runtime.prepared import PreparedArtifact
+from .runtime.rivals.registry import PROMISED_FROM, RIVALS, make_coder, smallest_budget
+
+DENSE, ARTIFACT = "dense", "artifact"
+SUITES = {"rivals": "dense, the artifact, its bases at other keep ratios, and every rival at KV budgets from 1/2 to 1/32"}
+SUITE_BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+SUITE_KEEP_RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row to be: method name, setting in words, what was asked for, and a maker of fresh caches.
+
+    `requested_budget` is the KV budget that was wanted, `kv_budget` the one the method was given: larger where it cannot do with less.
+    """
+
+    method: str
+    make: Callable[[], Cache]
+    setting: str = ""
+    requested_budget: float | None = None
+    kv_budget: float | None = None
+    keep_ratio: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Unique within one evaluation."""
+        return f"{self.method} ({self.setting})" if self.setting else self.method
+
+
+class Methods:
+    """Makes entries for the artifact and model of one `enable`.
+
+    Raises (every method):
+        UsageError: unknown names and settings that a method cannot take, as `make_coder` says it; missing knock-outs.
+    """
+
+    def __init__(self, enabled: enable) -> None:
+        self.enabled, self.artifact = enabled, enabled.artifact
+        self.knockout = knockouts(self.artifact)
+
+    def dense(self) -> Entry:
+        text = self.enabled.model.config.get_text_config(decoder=True)
+        return Entry(DENSE, lambda: DynamicCache(config=text))
+
+    def compiled(self) -> Entry:
+        """The artifact as it is."""
+        method = self.artifact.method
+        coder = self.enabled.prepared.coder
+        if coder is not None:
+            setting, ratio = ", ".join(filter(None, (coder.name, coder.setting))), None if method.kv_budget else method.keep_ratio
+            return Entry(ARTIFACT, self.enabled.new_cache, setting, method.kv_budget, method.kv_budget, ratio)
+        setting = f"keep ratio {method.keep_ratio:g}, {method.allocation}"
+        return Entry(ARTIFACT, self.enabled.new_cache, setting, keep_ratio=method.keep_ratio)
+
+    def own(self, keep_ratio: float) -> Entry:
+        """The artifact's bases with the same rank in every head: ranks nest, so any uniform plan can be cut from them."""
+        if self.artifact.method.rival:
+            raise UsageError(f"the artifact was compiled for {self.artifact.method.rival} and has no bases; compile one for {OURS}")
+        if not 0 < keep_ratio <= 1:
+            raise UsageError(f"--keep-ratio {keep_ratio:g} is out of range; it must be above 0 and at most 1")
+        ranks = {f"layers.{i}.key_rank": plan_tensor(r) for i, r in uniform_plan(self.artifact.geometry, keep_ratio).items()}
+        method = replace(self.artifact.method, keep_ratio=keep_ratio, allocation="uniform")
+        cut = replace(self.artifact, method=method, tensors=self.artifact.tensors | ranks)
+        widest = max(int(r.max()) for r in ranks.values())
+        return Entry(OURS, self._cache_maker(PreparedArtifact(cut)), f"uniform, {widest} directions", keep_ratio=keep_ratio)
+
+    def rival(self, name: str, kv_budget: float | None = None, keep_ratio: float | None = None, requested: float | None = None) -> Entry:
+        """A rival at a KV budget or a keep ratio; `requested` is the budget that was wanted, by default the one given."""
+        self._check_learned(name)
+        coder = make_coder(name, self.artifact.geometry, kv_budget=kv_budget, keep_ratio=keep_ratio, state={"knockout": self.knockout})
+        make = self._cache_maker(self.enabled.prepared, coder)
+        return Entry(name, make, coder.setting, kv_budget if requested is None else requested, kv_budget, keep_ratio)
+
+    def chosen(self, names: Iterable[str], budgets: Sequence[float], ratios: Sequence[float]) -> list[Entry]:
+        """Each method at each setting it can take; one that takes none of those given is run once, as it is."""
+        entries = []
+        for name in names:
+            if name == OURS:
+                if budgets:
+                    raise UsageError("--kv-budget with rotatek comes with coded Values; use --keep-ratio")
+                if not ratios:
+                    raise UsageError("--method rotatek needs --keep-ratio; the artifact's own plan is measured in any case")
+                entries += [self.own(ratio) for ratio in ratios]
+                continue
+            if name not in RIVALS:
+                raise UsageError(f"unknown --method {name!r}; choose one of {', '.join((OURS, *RIVALS))}")
+            made = [self.rival(name, kv_budget=budget) for budget in budgets]
+            if "keep_ratio" in RIVALS[name].settings:
+                made += [self.rival(name, keep_ratio=ratio) for ratio in ratios]
+            entries += made or [self.rival(name)]
+        return distinct(entries)
+
+    def suite(self, name: str) -> list[Entry]:
+        """All entries of a suite, dense first; a budget that a rival cannot meet becomes the smallest it can."""
+        if name not in SUITES:
+            raise UsageError(f"unknown --suite {name!r}; choose one of {', '.join(SUITES)}")
+        entries = [self.dense(), self.compiled()]
+        if not self.artifact.method.rival:
+            entries += [self.own(ratio) for ratio in SUITE_KEEP_RATIOS]
+        for rival in RIVALS:
+            self._check_learned(rival)
+            entries += self._rival_in_suite(rival)
+        return distinct(entries)
+
+    def _rival_in_suite(self, name: str) -> list[Entry]:
+        try:
+            least = smallest_budget(name, self.artifact.geometry, PROMISED_FROM)
+        except RotateKError as error:
+            warnings.warn(f"left out of the suite: {error}", stacklevel=2)
+            return []
+        # a method that stores Values as they are meets no budget of the suite: its keep ratios are what can be compared
+        by_ratio = least > max(SUITE_BUDGETS) and "keep_ratio" in RIVALS[name].settings
+        fewest = RIVALS[name].ratios(self.artifact.geometry)[0]
+        entries = [self.rival(name, keep_ratio=max(ratio, fewest)) for ratio in SUITE_KEEP_RATIOS] if by_ratio else []
+        # rounded up: the budget is given in decimals, and one just below the least would be refused
+        least = min(math.ceil(least * 1e6) / 1e6, 1.0)
+        return entries + [self.rival(name, kv_budget=max(budget, least), requested=budget) for budget in SUITE_BUDGETS]
+
+    def _check_learned(self, name: str) -> None:
+        if name in RIVALS and RIVALS[name].learned and self.knockout is None:
+            where = f"artifact {self.artifact.path}" if self.artifact.path else "the artifact"
+            raise UsageError(f"{name} needs measured knock-outs and {where} has none; compile it again with this version")
+
+    def _cache_maker(self, prepared: PreparedArtifact, coder: Coder | None = None) -> Callable[[], Cache]:
+        config, backend = self.enabled.model.config, self.enabled.backend
+        return lambda: RotateKCache(config, prepared, backend, coder)
+
+
+def knockouts(artifact: Artifact) -> dict[int, Tensor] | None:
+    """Measured knock-outs by layer, fp32 [Hkv]; None if the artifact was compiled without."""
+    found: dict[int, Any] = {i: artifact.tensors.get(f"layers.{i}.knockout") for i in artifact.geometry.compressible}
+    return None if any(tensor is None for tensor in found.values()) else found
+
+
+def distinct(entries: Iterable[Entry]) -> list[Entry]:
+    """Entries without those that equal an earlier one in method and setting: coders of equal settings give equal segments."""
+    seen: dict[str, Entry] = {}
+    for entry in entries:
+        seen.setdefault(entry.label, entry)
+    return list(seen.values())

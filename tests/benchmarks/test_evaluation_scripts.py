@@ -1,0 +1,123 @@
+"""The scripts that print evaluations: skills with and without pages, and the suite as Markdown."""
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rotatek_compile.calibration_data.sample import Sample
+from rotatek_compile.outcomes import Outcome, Row
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"rotatek_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def skills():
+    return script("check_skills")
+
+
+def checkerboard(size):
+    return Image.frombytes("L", (2, 2), bytes([0, 255, 255, 0])).resize((2, 2)).convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def test_pages_are_taken_away(skills):
+    fine = Image.new("L", (64, 48))
+    fine.putdata([255 * ((x + y) % 2) for y in range(48) for x in range(64)])
+    sample = Sample(id="1", images=(fine.convert("RGB"), checkerboard((64, 64))), question="q", answers=("a",), skill="s")
+    assert skills.text_only(sample).images == () and skills.text_only(sample).question == "q"
+    small = skills.reduced(sample)
+    assert [image.size for image in small.images] == [(64, 48), (64, 64)]
+    assert all(high - low <= 2 for low, high in small.images[0].getextrema())  # one-pixel detail is gone
+    assert all(high - low > 200 for low, high in small.images[1].getextrema())  # coarse detail is not
+    empty = skills.blank(sample)
+    assert [image.getextrema() for image in empty.images] == [((255, 255),) * 3] * 2
+    assert [image.size for image in empty.images] == [(64, 48), (64, 64)]
+
+
+def test_chance_is_the_best_constant_answer(skills):
+    answers = [("yes",), ("yes", "y"), (" yes ",), ("no",), ("3",), ("4",)]
+    found = skills.chances(["a", "a", "a", "a", "b", "b"], answers)
+    assert found["a"] == ("yes", 0.75) and found["b"] == ("4", 0.5)
+    assert found["all"][1] == pytest.approx((3 + 1) / 6)
+    assert skills.best_constant([("x", "y"), ("y",), ("y ", "y")]) == ("y", 3)
+
+
+def row(method, exact, skills=("a", "a", "b", "b")):
+    return Row(method, [Outcome(str(n), s, method, e, 0.0, 0.0, 1, "", {}) for n, (e, s) in enumerate(zip(exact, skills, strict=True))])
+
+
+def test_skill_table(skills):
+    rows = {"dense": row("dense", [True] * 4), "text only": row("text only", [False, False, True, True])}
+    chance = skills.chances(["a", "a", "b", "b"], [("1",), ("2",), ("3",), ("4",)])
+    record = {"model": "m", "data": "d", "dtype": "float32", "device": "cpu", "torch": "1", "transformers": "2"}
+    made = skills.table_rows(rows, chance, record)
+    assert [(r["skill"], r["run"], r["documents"]) for r in made][:3] == [("all", "dense", 4), ("all", "text only", 4), ("a", "dense", 2)]
+    text = skills.markdown(made)
+    assert "| a | 2 | 1.000 [1.000, 1.000] | 0.000 [0.000, 0.000] | 0.500 |" in text
+    assert "- text only: above chance in b" in text
+
+
+def test_check_skills_runs(skills, checkpoint, data_file, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "skills.csv"
+    arguments = ["--model", checkpoint, "--data", data_file, "--documents", 3, "--device", "cpu", "--max-new-tokens", 2]
+    monkeypatch.setattr(sys, "argv", ["check_skills", *map(str, arguments), "--output", str(out)])
+    assert skills.main() == 0
+    printed = capsys.readouterr().out
+    with out.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [r["run"] for r in rows] == ["dense", "text only", "4x smaller", "blank page"] and {r["documents"] for r in rows} == {"3"}
+    assert rows[0]["model"] == checkpoint.name and rows[0]["data"] == data_file.name
+    monkeypatch.setattr(sys, "argv", ["check_skills", "--print", str(out)])
+    assert skills.main() == 0 and capsys.readouterr().out == printed
+
+
+def test_check_skills_says_what_is_wrong(skills, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check_skills", "--model", "lava"])
+    assert skills.main() == 2 and capsys.readouterr().err.startswith("error: unknown model 'lava'")
+    monkeypatch.setattr(sys, "argv", ["check_skills", "--print", str(tmp_path / "no.csv")])
+    assert skills.main() == 1
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A results.csv of two methods, two modes and one skill."""
+    made = []
+    for ask in ("after", "with"):
+        for method, span, wanted in (("dense", 0, ""), ("int4", 30, "0.25")):
+            for skill in ("all", "chart"):
+                scores = {f"{name}{end}": 0.5 for name in ("exact_match", "kl") for end in ("", "_low", "_high")}
+                about = {"ask": ask, "method": method, "setting": "", "requested_budget": wanted, "kv_budget": wanted and "0.3"}
+                sizes = {"span_bytes": span, "span_bytes_dense": 100 if span else 0, "kv_bytes": 50, "kv_bytes_dense": 100}
+                facts = {"model": "m", "data": "d", "device": "cpu", "dtype": "float32", "torch": "1", "transformers": "2", "samples": 7}
+                made.append(about | {"skill": skill} | scores | sizes | facts)
+    file = tmp_path / "results.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(made[0]))
+        writer.writeheader()
+        writer.writerows(made)
+    return file
+
+
+def test_suite_as_markdown(table, monkeypatch, capsys):
+    printer = script("print_suite")
+    monkeypatch.setattr(sys, "argv", ["print_suite", str(table)])
+    assert printer.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "m, 7 documents of d, cpu, float32, torch 1, transformers 2"
+    scores = "0.500 [0.500, 0.500] | 5.0e-01 [5.0e-01, 5.0e-01]"
+    assert lines[4:] == [f"| dense | - | 0.5000 | {scores} | {scores} |", f"| int4 (wanted 0.25) | 0.3000 | 0.5000 | {scores} | {scores} |"]
+    monkeypatch.setattr(sys, "argv", ["print_suite", str(table), "--skills"])
+    assert printer.main() == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "| int4 (wanted 0.25) | 0.3000 | 0.500 | 0.500 |"
+    monkeypatch.setattr(sys, "argv", ["print_suite", str(table.parent / "no.csv")])
+    assert printer.main() == 1 and capsys.readouterr().err.startswith("error: ")

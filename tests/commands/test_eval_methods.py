@@ -1,0 +1,148 @@
+"""rotatek-eval with rivals, suites, files and resuming, through the console entry point."""
+
+import csv
+import json
+import shutil
+import sys
+
+import pytest
+
+ROW_KEYS = {
+    "method", "setting", "requested_budget", "kv_budget", "keep_ratio", "exact_match", "exact_match_interval", "anls", "kl", "kl_interval",
+    "exact_match_loss", "exact_match_loss_interval", "samples", "skills", "kv_bytes", "span_bytes",
+}  # fmt: skip
+QUICK = ("--max-new-tokens", 2, "--device", "cpu", "--num-samples", 3, "--batch-size", 2)
+
+
+@pytest.fixture(scope="session")
+def measured(compiled, tmp_path_factory):
+    """The compiled artifact; with knock-outs added if the compiler made none."""
+    import torch
+    from safetensors.torch import load_file
+
+    if any(name.endswith("knockout") for name in load_file(compiled / "rotatek.safetensors")):
+        return compiled
+    from rotatek_compile.artifact import read_artifact, write_artifact
+
+    target = shutil.copytree(compiled, tmp_path_factory.mktemp("measured") / "artifact")
+    artifact = read_artifact(target)
+    artifact.tensors |= {f"layers.{i}.knockout": torch.tensor([0.1, 0.2]) for i in range(3)}
+    write_artifact(artifact, target, "card")
+    return target
+
+
+@pytest.fixture(scope="session")
+def unmeasured(compiled, tmp_path_factory):
+    """The artifact as versions without knock-outs wrote it."""
+    from rotatek_compile.artifact import read_artifact, write_artifact
+
+    target = shutil.copytree(compiled, tmp_path_factory.mktemp("unmeasured") / "artifact")
+    artifact = read_artifact(target)
+    for name in [name for name in artifact.tensors if name.endswith(".knockout")]:
+        del artifact.tensors[name]
+    write_artifact(artifact, target, "card")
+    return target
+
+
+def test_methods(cli, measured, data_file):
+    more = ("--method", "int4", "--method", "head-drop", "--kv-budget", 0.5, "--kv-budget", 0.4)
+    ended = cli("eval", measured, "--data", data_file, *QUICK, *more, "--json")
+    result = json.loads(ended.out)
+    assert [row["method"] for row in result["rows"]] == ["dense", "artifact", "int4", "head-drop"]
+    assert result["ask"] == "after" and result["samples"] == 3
+    for row in result["rows"]:
+        assert row.keys() >= ROW_KEYS and row["skills"] == {} and row["samples"] == 3
+        for name in ("exact_match", "kl"):
+            low, high = row[f"{name}_interval"]
+            assert 0 <= low <= high
+    int4, dropped = result["rows"][2:]
+    assert int4["requested_budget"] == 0.5 and int4["span_bytes"] <= 0.5 * int4["span_bytes_dense"]
+    assert 0 < dropped["span_bytes"] <= 0.5 * dropped["span_bytes_dense"] and dropped["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "kivi3"], "unknown --method 'kivi3'; choose one of rotatek, int8"),
+        (["--method", "int4", "--kv-budget", "0.01"], "int4 cannot meet a KV budget of 0.01; the smallest it can on this model is 0.3"),
+        (["--method", "int4", "--kv-budget", "0"], "--kv-budget 0.0 is out of range"),
+        (["--method", "think", "--keep-ratio", "2"], "--keep-ratio 2.0 is out of range"),
+        (["--kv-budget", "0.5"], "--kv-budget says how a --method is to be run"),
+        (["--method", "rotatek"], "--method rotatek needs --keep-ratio"),
+        (["--method", "rotatek", "--kv-budget", "0.5"], "use --keep-ratio"),
+        (["--suite", "all", "--output", "x"], "unknown --suite 'all'; choose one of rivals"),
+        (["--suite", "rivals"], "--suite writes files; say where with --output DIR"),
+        (["--suite", "rivals", "--output", "x", "--method", "int4"], "--suite and --method contradict each other"),
+        (["--quick", "--num-samples", "5"], "--quick and --num-samples contradict each other"),
+        (["--resume"], "--resume needs --output DIR"),
+        (["--plot"], "--plot needs --output DIR"),
+    ],
+)
+def test_usage(cli, measured, data_file, tmp_path, monkeypatch, untouched, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in cli("eval", measured, "--data", data_file, "--device", "cpu", *arguments).sentence(2)
+    untouched(tmp_path)
+
+
+def test_learned_method_without_knockouts(cli, unmeasured, data_file):
+    said = cli("eval", unmeasured, "--data", data_file, "--device", "cpu", "--method", "head-drop", "--kv-budget", 0.2).sentence(2)
+    assert "head-drop needs measured knock-outs" in said and str(unmeasured) in said and "compile it again" in said
+
+
+def test_suite_files_and_resuming(cli, measured, make_checkpoint, data_file, tmp_path, monkeypatch):
+    arguments = ("eval", measured, "--data", data_file, *QUICK, "--suite", "rivals", "--output")
+    ended = cli(*arguments, tmp_path / "whole", "--json")
+    result = json.loads(ended.out)
+    assert (result["suite"], result["ask"]) == ("rivals", ["after", "with"])
+    names = {"dense", "artifact", "rotatek", "int8", "int4", "kivi2", "hadamard4", "head-drop", "think", "paper"}
+    assert {row["method"] for row in result["rows"]} >= names
+    with (tmp_path / "whole" / "results.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == len(result["rows"]) and {row["ask"] for row in rows} == {"after", "with"}
+    assert {row["data"] for row in rows} == {data_file.name}
+    assert not any(str(data_file.parent) in file.read_text() for file in (tmp_path / "whole").iterdir())
+    assert "holds an evaluation already; pass --resume" in cli(*arguments, tmp_path / "whole").sentence()
+
+    from rotatek_compile import evaluate
+
+    finish, calls = evaluate.Evaluator.finish, []
+
+    def interrupted(self, *rest):
+        calls.append(1)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return finish(self, *rest)
+
+    monkeypatch.setattr(evaluate.Evaluator, "finish", interrupted)
+    said = cli(*arguments, tmp_path / "killed").sentence()
+    assert "interrupted; what was measured is in" in said and "--resume" in said
+    ended = cli(*arguments, tmp_path / "killed", "--resume")
+    assert ended.code == 0 and "int4" in ended.out and "question asked with compression" in ended.out
+    for name in ("results.csv", "documents.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    said = cli(*arguments, tmp_path / "whole", "--resume", "--batch-size", 1).sentence()
+    assert "made with batch_size 2, this run has 1" in said
+    said = cli(*arguments, tmp_path / "whole", "--resume", "--model", make_checkpoint(seed=2)).sentence()
+    assert "made with weights" in said  # of the same name and geometry
+
+
+def test_plot_without_matplotlib(cli, measured, data_file, tmp_path, monkeypatch, untouched):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = cli("eval", measured, "--data", data_file, *QUICK, "--output", tmp_path / "out", "--plot").sentence()
+    assert "plots need matplotlib" in said and "rotatek-compile[plot]" in said
+    untouched(tmp_path)
+
+
+def test_output_and_plot(cli, measured, data_file, tmp_path, untouched):
+    pytest.importorskip("matplotlib")
+    ended = cli("eval", measured, "--data", data_file, *QUICK, "--method", "int8", "--output", tmp_path / "out", "--plot")
+    assert ended.code == 0, ended.err
+    untouched(tmp_path / "out", "documents.jsonl", "results.csv", "exact_match.png", "exact_match.svg", "kl.png", "kl.svg")
+
+
+def test_quick_asks_few_documents(cli, measured, tmp_path, data_file):
+    ended = cli("eval", measured, "--data", data_file, "--quick", "--max-new-tokens", 1, "--device", "cpu", "--json")
+    assert json.loads(ended.out)["samples"] == 4  # all there are
+    from rotatek_compile.suite import QUICK_DOCUMENTS
+
+    assert f"Only {QUICK_DOCUMENTS} documents" in cli("eval", "--help").out

@@ -1,0 +1,41 @@
+"""Plots of results: files, equal for equal results, and a sentence where matplotlib is missing."""
+
+import sys
+
+import pytest
+
+from rotatek_compile.errors import RotateKError
+from rotatek_compile.plots import plot_results
+
+
+def row(method, span, score, kl, ask="after", skill="all"):
+    numbers = {"span_bytes": span, "span_bytes_dense": 100.0 if span else 0.0, "exact_match": score, "kl": kl}
+    limits = {f"{name}_{end}": numbers[name] for name in ("exact_match", "kl") for end in ("low", "high")}
+    return {"ask": ask, "skill": skill, "method": method} | {k: str(v) for k, v in (numbers | limits).items()}
+
+
+METHODS = (("dense", 0, 1, 0), ("int4", 26, 0.9, 0.1), ("int8", 51, 1, 0.0))
+ROWS = [row(*numbers, ask) for ask in ("after", "with") for numbers in METHODS]
+
+
+def test_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        folder.mkdir()
+        written = plot_results(ROWS, folder)
+        assert sorted(file.name for file in written) == ["exact_match.png", "exact_match.svg", "kl.png", "kl.svg"]
+    assert (first / "kl.png").read_bytes()[:4] == b"\x89PNG" and (first / "kl.svg").read_text().count("int4") >= 1
+    assert (first / "kl.svg").read_bytes() == (second / "kl.svg").read_bytes()
+
+
+def test_no_such_skill(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(RotateKError, match="no row of skill 'chart'"):
+        plot_results(ROWS, tmp_path, "chart")
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(RotateKError, match=r"plots need matplotlib.*rotatek-compile\[plot\]"):
+        plot_results(ROWS, tmp_path)

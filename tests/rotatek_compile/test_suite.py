@@ -1,0 +1,185 @@
+"""Whole evaluations on the tiny model: a killed run goes on and gives the same files, and the table says what was measured."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rotatek_compile.errors import RotateKError
+from rotatek_compile.evaluate import Evaluator
+from rotatek_compile.journal import FILE, Journal
+from rotatek_compile.methods import Methods
+from rotatek_compile.runtime.enable import enable
+from rotatek_compile.suite import Measured, batch_sizes, read_results, run_entries, write_results
+
+FACTS = dict.fromkeys(("data", "model", "artifact", "dtype", "device", "torch", "transformers", "rotatek"), "x")
+ASKS = ("after", "with")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def skilled(documents):
+    return [replace(d, sample=replace(d.sample, skill=("find", "count")[n % 2])) for n, d in enumerate(documents)]
+
+
+@pytest.fixture
+def evaluation(tiny, fake_processor, skilled, make_artifact):
+    """Runs dense, the artifact and int4 over five documents in batches of two, both modes; `die_at` prefills it is killed."""
+
+    def run(folder, resume=False, die_at=None, facts=FACTS, names=("int4",)):
+        prefills = []
+
+        class Mortal(Evaluator):
+            def prefill(self, items):
+                prefills.append(self.ask)
+                if len(prefills) == die_at:
+                    raise Killed
+                return super().prefill(items)
+
+        with enable(tiny, make_artifact(8), backend="torch") as active:
+            methods = Methods(active)
+            entries = [methods.dense(), methods.compiled(), *methods.chosen(names, (), ())]
+            evaluators = [Mortal(tiny, fake_processor, ask, (2,), 4) for ask in ASKS]
+            with Journal(folder, facts, ASKS, [e.label for e in entries], batch_sizes(5, 2), resume) as journal:
+                measured = run_entries(evaluators, entries, skilled, 2, journal=journal)
+        write_results(folder, measured, facts)
+        return measured, prefills
+
+    return run
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 4, 6])
+def test_killed_run_goes_on_and_gives_the_same_files(evaluation, tmp_path, die_at):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    evaluation(whole)
+    with pytest.raises(Killed):
+        evaluation(killed, die_at=die_at)
+    assert list(contents(killed)) == [FILE]
+    _, prefills = evaluation(killed, resume=True)
+    assert len(prefills) == 6 - (die_at - 1)  # finished batches are not run again
+    assert contents(killed) == contents(whole) and set(contents(whole)) == {FILE, "results.csv"}
+    assert evaluation(killed, resume=True)[1] == []  # nothing left to do
+    assert contents(killed) == contents(whole)
+
+
+@pytest.mark.parametrize("cut", [1, 40, 400, 1700])
+def test_torn_tail_is_measured_again(evaluation, tmp_path, cut):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    evaluation(whole)
+    evaluation(torn)
+    (torn / FILE).write_bytes((torn / FILE).read_bytes()[:-cut])
+    evaluation(torn, resume=True)
+    assert contents(torn) == contents(whole)
+
+
+def test_damaged_line_is_measured_again(evaluation, tmp_path):
+    evaluation(tmp_path / "whole")
+    evaluation(tmp_path / "damaged")
+    lines = (tmp_path / "damaged" / FILE).read_bytes().splitlines(keepends=True)
+    lines[8] = b'{"ask": "after"}\n'
+    (tmp_path / "damaged" / FILE).write_bytes(b"".join(lines))
+    with pytest.raises(Killed):
+        evaluation(tmp_path / "damaged", resume=True, die_at=1)
+    assert (tmp_path / "damaged" / FILE).read_bytes() == b"".join(lines[:7])  # what followed the last whole batch is gone
+    _, prefills = evaluation(tmp_path / "damaged", resume=True)
+    assert len(prefills) == 5 and contents(tmp_path / "damaged") == contents(tmp_path / "whole")
+
+
+def test_killed_while_writing_the_first_line(evaluation, tmp_path):
+    (tmp_path / FILE).write_text('{"evalua')
+    evaluation(tmp_path, resume=True)
+    evaluation(tmp_path / "whole")
+    assert (tmp_path / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
+
+
+def test_other_evaluations_are_not_mixed(evaluation, tmp_path):
+    evaluation(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(RotateKError, match="holds an evaluation already; pass --resume"):
+        evaluation(tmp_path)
+    with pytest.raises(RotateKError, match='made with data "x", this run has "y"'):
+        evaluation(tmp_path, resume=True, facts=FACTS | {"data": "y"})
+    with pytest.raises(RotateKError, match="made with methods"):
+        evaluation(tmp_path, resume=True, names=("int8",))
+    assert contents(tmp_path) == before
+    (tmp_path / FILE).write_text("something else\n")
+    with pytest.raises(RotateKError, match="not an evaluation"):
+        evaluation(tmp_path, resume=True)
+
+
+def test_folder_that_cannot_be_used(evaluation, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RotateKError, match="--output .* cannot be used"):
+        evaluation(tmp_path / "file")
+
+
+def test_table(evaluation, tmp_path, skilled):
+    measured, _ = evaluation(tmp_path)
+    rows = read_results(tmp_path / "results.csv")
+    assert [(r["ask"], r["method"], r["skill"]) for r in rows] == [
+        (ask, method, skill) for ask in ASKS for method in ("dense", "artifact", "int4") for skill in ("all", "count", "find")
+    ]
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert lines[0]["evaluation"]["methods"] == ["dense", measured[1].entry.label, "int4"]
+    for row in rows:
+        own = [o for o in lines[1:] if o["ask"] == row["ask"] and o["method"].split(" (")[0] == row["method"]]
+        own = [o for o in own if row["skill"] in ("all", o["skill"])]
+        assert len(own) == int(row["samples"]) == {"all": 5, "find": 3, "count": 2}[row["skill"]]
+        kl = sum(o["kl"] for o in own) / sum(o["answer_tokens"] for o in own)
+        assert float(row["kl"]) == pytest.approx(kl, rel=1e-5) and float(row["kl_low"]) <= kl * 1.00001 <= float(row["kl_high"]) * 1.0001
+        assert float(row["kv_bytes"]) == pytest.approx(sum(o["bytes"]["total"] for o in own) / len(own), abs=0.1)
+        assert float(row["exact_match"]) == sum(o["exact"] for o in own) / len(own)
+    assert [o["id"] for o in lines[1:] if o["ask"] == "with" and o["method"] == "int4"] == [d.sample.id for d in skilled]
+    loss = next(r for r in rows if r["method"] == "dense")
+    assert loss["exact_match_loss"] == loss["exact_match_loss_low"] == loss["exact_match_loss_high"] == "0"
+
+
+def test_loss_is_paired(evaluation, tmp_path):
+    measured, _ = evaluation(tmp_path)
+    dense = replace_exact(measured[0].row, [True, True, True, False, True])
+    worse = replace_exact(measured[1].row, [True, False, True, False, False])
+    found = Measured("after", measured[1].entry, worse, dense).to_json()
+    assert found["exact_match_loss"] == pytest.approx(0.4)
+    low, high = found["exact_match_loss_interval"]
+    assert 0 <= low <= 0.4 <= high <= 1.0
+    assert set(found["skills"]) == {"find", "count"} and found["skills"]["count"]["exact_match"] == 0
+
+
+def replace_exact(row, exact):
+    return replace(row, outcomes=[replace(o, exact=e) for o, e in zip(row.outcomes, exact, strict=True)])
+
+
+def test_results_without_a_journal_are_the_same(evaluation, tiny, fake_processor, skilled, make_artifact, tmp_path):
+    measured, _ = evaluation(tmp_path)
+    with enable(tiny, make_artifact(8), backend="torch") as active:
+        methods = Methods(active)
+        entries = [methods.dense(), methods.compiled(), *methods.chosen(["int4"], (), ())]
+        plain = run_entries([Evaluator(tiny, fake_processor, ask, (2,), 4) for ask in ASKS], entries, skilled, 2)
+    assert [m.to_json() for m in plain] == [m.to_json() for m in measured]
+
+
+def test_reading_a_table_that_is_none(tmp_path):
+    with pytest.raises(RotateKError, match="cannot be read"):
+        read_results(tmp_path / "no.csv")
+    with (tmp_path / "other.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["a"], ["1"]])
+    with pytest.raises(RotateKError, match="no table of rotatek-eval"):
+        read_results(tmp_path / "other.csv")
+
+
+def test_artifact_hash_sees_tensors_and_method(make_artifact):
+    from rotatek_compile.suite import artifact_hash
+
+    artifact = make_artifact(8)
+    changed = artifact.tensors | {"layers.0.key_rank": torch.tensor([8, 16], dtype=torch.int32)}
+    hashes = {artifact_hash(artifact), artifact_hash(replace(artifact, tensors=changed)), artifact_hash(make_artifact(8, window=64))}
+    assert len(hashes) == 3 and artifact_hash(make_artifact(8)) in hashes
