@@ -3,6 +3,7 @@
     python benchmarks/print_suite.py results.csv              # one line per method and setting, both modes beside each other
     python benchmarks/print_suite.py results.csv --skills     # exact match per skill, question asked after compression
     python benchmarks/print_suite.py results.csv --skills with
+    python benchmarks/print_suite.py a.csv b.csv              # several models beside each other, question asked after compression
 """
 
 from __future__ import annotations
@@ -71,21 +72,40 @@ def skills_table(rows: Rows, ask: str) -> list[str]:
     return lines
 
 
+def models_table(tables: list[Rows]) -> list[str]:
+    """Bytes, exact match and KL of the methods that all models have, question asked after compression."""
+    chosen = [{name_of(row): row for row in rows if row["skill"] == ALL and row["ask"] == "after"} for rows in tables]
+    columns = ["method", *(f"{rows[0]['model']}: coded span | exact match | KL per token" for rows in tables)]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * (1 + 3 * len(tables))]
+    for name in chosen[0]:
+        if all(name in rows for rows in chosen):
+            own = [rows[name] for rows in chosen]
+            cells = [cell for row in own for cell in (share(row, "span"), spread(row, "exact_match", ".2f"), f"{float(row['kl']):.1e}")]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> int:
     """Parse and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path)
+    parser.add_argument("csv", type=Path, nargs="+")
     parser.add_argument("--skills", nargs="?", const="after", choices=("after", "with"), help="exact match per skill in this mode")
     args = parser.parse_args()
     try:
-        rows = read_results(args.csv)
+        tables = [read_results(file) for file in args.csv]
     except RotateKError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    if args.skills and args.skills not in {row["ask"] for row in rows}:
-        print(f"error: {args.csv} has no rows of mode {args.skills}; evaluate with --ask {args.skills}", file=sys.stderr)
-        return 2
-    print(heading(rows) + "\n")
+    wanted = args.skills or ("after" if len(tables) > 1 else tables[0][0]["ask"])
+    for file, rows in zip(args.csv, tables, strict=True):
+        if wanted not in {row["ask"] for row in rows}:
+            print(f"error: {file} has no rows of mode {wanted}; evaluate with --ask {wanted}", file=sys.stderr)
+            return 2
+    print("; ".join(heading(rows) for rows in tables) + "\n")
+    if len(tables) > 1:
+        print("\n".join(models_table(tables)))
+        return 0
+    rows = tables[0]
     print("\n".join(skills_table(rows, args.skills) if args.skills else methods_table(rows)))
     return 0
 

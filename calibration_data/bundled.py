@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from PIL import Image
 
 from . import charts, fields, letters, tables
-from .draws import Draws
 from .drawing import draw_page
+from .draws import Draws
 from .page import Content, Question, blank_content
 from .sample import Sample
 

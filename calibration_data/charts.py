@@ -9,7 +9,7 @@ BARS = (4, 14)
 LABEL = 6
 AXIS = 7  # column of the first cell of every bar
 LONGEST = 12  # cells
-TICK = 10  # the axis is labelled under its tenth cell
+TICK = 10  # cells from the zero to the label of the axis
 SCALES = (1, 2, 3, 5, 10, 20)  # value of one cell
 
 

@@ -46,7 +46,9 @@ class DataSource:
 
 
 def open_data(name: str, split: str, seed: int = 0) -> DataSource:
-    """Open a data set by name, NAME:SKILL (one skill of a bundled set) or path. `split` is `calibration` or `evaluation`; local files have only one and ignore it.
+    """Open a data set by name, NAME:SKILL (one skill of a bundled set) or path.
+
+    `split` is `calibration` or `evaluation`; local files have only one and ignore it.
 
     Raises:
         DataError: unknown name, missing path, unreadable file or missing columns; for a path it is checked here, before any work.

@@ -1,6 +1,7 @@
 """Train a bundled checkpoint on `mixed` and check it by the library's own `generate`.
 
-    python tools/train_tiny_vlm.py --family llava_next --seconds 430 --look-away 1 --curriculum-until 0.6 --output DIR --work DIR [--eval-documents 900]
+    python tools/train_tiny_vlm.py --family llava_next --seconds 430 --look-away 1 --curriculum-until 0.6 --output DIR --work DIR \\
+        [--eval-documents 900]
 
 --output gets the checkpoint alone; --work gets state.pt (for --resume), training_log.csv and result.json: exact match per skill, and what
 knocking out single (layer, KV head) pairs costs. `--seconds 0` writes a checkpoint with random weights; `--probe` only measures state.pt.
@@ -45,15 +46,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from --work/state.pt if it is there")
     parser.add_argument("--probe", action="store_true", help="measure --work/state.pt and stop")
     parser.add_argument("--no-compile", action="store_true")
-    for name in ("pages_per_step", "length", "peak_rate", "look_away", "routed", "route_at", "route_ramp", "unroute_from", "first_reading_layer", "curriculum_until", "constant_until", "workers", "seed",
-                 "warmup_steps"):  # fmt: skip
+    for name in (
+        "pages_per_step", "length", "peak_rate", "look_away", "routed", "route_at", "route_ramp", "unroute_from", "first_reading_layer",
+        "curriculum_until", "constant_until", "workers", "seed", "warmup_steps",
+    ):  # fmt: skip
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default[name]), default=default[name])
     return parser.parse_args()
 
 
 def probe(model: Any, forward: Any, prepare: Any, trainer: Trainer) -> dict[str, Any]:
     """Knock-outs on fresh documents of one, two and three pages."""
-    stream = DocumentStream(trainer.settings.seed + 1000, min(96, trainer.settings.pages_per_step), trainer.settings.length, trainer.stream.vocabulary)
+    settings = trainer.settings
+    stream = DocumentStream(settings.seed + 1000, min(96, settings.pages_per_step), settings.length, trainer.stream.vocabulary)
     stream.progress.fill_(1.0)
     batches, source = [], iter(stream)
     while len(batches) < 6:
@@ -77,10 +81,14 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, torch {torch.__version__}, transformers {transformers.__version__}, {device}", flush=True)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"family": arguments.family, "parameters": parameters, "torch": torch.__version__,
-                              "transformers": transformers.__version__, "settings": {k: str(v) for k, v in chosen.items() if k != "work"}}  # fmt: skip
+    result: dict[str, Any] = {
+        "family": arguments.family, "parameters": parameters, "torch": torch.__version__, "transformers": transformers.__version__,
+        "settings": {name: str(value) for name, value in chosen.items() if name != "work"},
+    }  # fmt: skip
     if arguments.seconds > 0:
         trainer = Trainer(model, forwards.BatchedForward(model, settings.compile_layers), prepare, family.TOKENS, settings, device)
+        if arguments.probe and not trainer.state_file.exists():
+            raise SystemExit(f"--probe measures {trainer.state_file}, which does not exist: train first, or name another --work")
         if arguments.resume or arguments.probe:
             trainer.resume()
         if not arguments.probe:

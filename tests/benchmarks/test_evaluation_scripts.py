@@ -121,3 +121,16 @@ def test_suite_as_markdown(table, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "| int4 (wanted 0.25) | 0.3000 | 0.500 | 0.500 |"
     monkeypatch.setattr(sys, "argv", ["print_suite", str(table.parent / "no.csv")])
     assert printer.main() == 1 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_models_beside_each_other(table, monkeypatch, capsys):
+    other = table.with_name("other.csv")
+    lines = [line for line in table.read_text().splitlines() if not line.startswith(("after,dense", "with,dense"))]
+    other.write_text("\n".join(lines).replace(",m,", ",n,").replace(",30,", ",40,") + "\n")
+    printer = script("print_suite")
+    monkeypatch.setattr(sys, "argv", ["print_suite", str(table), str(other)])
+    assert printer.main() == 0
+    out = capsys.readouterr().out.splitlines()
+    scores = "0.50 [0.50, 0.50] | 5.0e-01"
+    assert out[2] == "| method | m: coded span | exact match | KL per token | n: coded span | exact match | KL per token |"
+    assert out[4:] == [f"| int4 (wanted 0.25) | 0.3000 | {scores} | 0.4000 | {scores} |"]  # only what both have

@@ -4,6 +4,7 @@ from itertools import islice
 
 import pytest
 
+from rotatek_compile.calibration_data.bundled import SETS
 from rotatek_compile.calibration_data.errors import DataError
 from rotatek_compile.calibration_data.registry import DATASETS, DataSource, open_data
 
@@ -14,6 +15,15 @@ def test_forms_by_name():
     ids = [sample.id for sample in source.samples(3)]
     assert ids == ["forms/calibration/3/0", "forms/calibration/3/1", "forms/calibration/3/2"]
     assert next(iter(open_data("forms", "evaluation", 3).samples(1))).id == "forms/evaluation/3/0"
+
+
+def test_one_skill_of_a_set_by_name():
+    source = open_data("forms:missing", "evaluation", seed=1)
+    assert (source.name, source.size) == ("forms:missing", None)
+    samples = list(source.samples(3))
+    assert [sample.skill for sample in samples] == ["missing"] * 3
+    assert [sample.id for sample in samples] == [f"forms:missing/evaluation/1/{number}" for number in range(3)]
+    assert list(DATASETS) == list(SETS)
 
 
 @pytest.mark.parametrize("name", list(DATASETS))
@@ -37,7 +47,10 @@ def test_hash_depends_on_ids_and_order():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("docs", "unknown data set 'docs'; use one of forms, or a path"),
+        ("nope", "unknown data set 'nope'; use one of forms, tables, letters, charts, mixed, or a path"),
+        ("nope:field", "unknown data set 'nope:field'"),
+        ("forms:nope", "unknown skill in 'forms:nope'; forms has forms:field, forms:missing, forms:larger, forms:page"),
+        ("forms:", "unknown skill in 'forms:'"),
         ("", "unknown data set ''"),
         ("no.jsonl", "data path no.jsonl does not exist"),
         ("~/no-such-folder", "data path ~/no-such-folder does not exist"),

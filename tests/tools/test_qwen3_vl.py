@@ -179,10 +179,10 @@ def test_equals_the_library(model, pages_each):
     model.model.rope_deltas = None
     with torch.no_grad():
         expected = model(**inputs).logits
-        actual, grid = forward.text_logits(patch_pages(pages), pages_each, tokens)
+        actual, grid, masses = forward.text_logits(patch_pages(pages), pages_each, tokens)
     positions = model.model.get_rope_index(**{name: inputs[name] for name in ("input_ids", "mm_token_type_ids", "image_grid_thw")})[0]
     assert torch.equal(forward.positions(pages_each, tokens.shape[1], tokens.device).expand(-1, 2, -1), positions)
-    assert grid.shape == (2 * pages_each, 20, 20, 64)
+    assert grid.shape == (2 * pages_each, 20, 20, 64) and masses == []
     for columns in forward.page_columns(pages_each):
         assert (inputs["input_ids"][:, columns] == qwen3_vl.IMAGE).all()
     assert columns.stop + forward.after_page == start
@@ -199,8 +199,14 @@ def test_losses_train_every_parameter_and_pass_the_reading_on(model, monkeypatch
     forward, seen = BatchedForward(model), []
     cells = torch.randint(0, 95, (2, 1, 20, 20))
     reading = [{"marker": torch.tensor(number)} for number in range(3)]
-    monkeypatch.setattr(forward, "text_layer", lambda layer, hidden, cosine, sine, extra: seen.append(extra) or hidden * 1.0)
-    forward.losses(patch_pages(pages), 1, tokens, tokens > qwen3_vl.ASSISTANT, cells, reading)
+
+    def text_layer(layer, hidden, cosine, sine, extra):
+        seen.append(extra)
+        return hidden * 1.0, [extra["marker"]]
+
+    monkeypatch.setattr(forward, "text_layer", text_layer)
+    losses = forward.losses(patch_pages(pages), 1, tokens, tokens > qwen3_vl.ASSISTANT, cells, reading)
+    assert [int(mass) for mass in losses.masses] == [0, 1, 2]
     assert [int(extra["marker"]) for extra in seen] == [0, 1, 2]
     monkeypatch.undo()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -43,8 +43,8 @@ class Batch:
     """B documents of P pages with L text tokens behind them.
 
     `cells` uint8 [B, P, CELLS, CELLS] what is written where; `tokens` int64 [B, L], padded at the end; `answer` bool [B, L] marks what is
-    learned, answers and <eos>; `slot` int64 [B, L] names what a token belongs to, `skill * 2`, or one more behind an answer's first character, for
-    question tokens `2 * skills + skill`, UNROUTED for padding.
+    learned, answers and <eos>; `slot` int64 [B, L] names what a token belongs to, `skill * 2`, or one more behind an answer's first
+    character, for question tokens `2 * skills + skill`, UNROUTED for padding.
     """
 
     cells: Tensor
@@ -56,7 +56,9 @@ class Batch:
         return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
 
 
-def pack_document(stream: draws.Draws, pages: int, fullness: int, length: int, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def pack_document(
+    stream: draws.Draws, pages: int, fullness: int, length: int, vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One document: (cells, tokens, answer, slot) as in `Batch`."""
     alike = stream.below(ALIKE_ONE_IN) == 0
     kinds = tuple(bundled.WRITERS)
@@ -87,15 +89,16 @@ def pack_document(stream: draws.Draws, pages: int, fullness: int, length: int, v
 
 
 class DocumentStream(IterableDataset[Batch]):
-    """Endless batches of one page count each. `fullness` and `most_pages` are shared with the trainer, which moves the curriculum on."""
+    """Endless batches of one page count each; `name` decides which. The trainer moves the shared `progress` on."""
 
     def __init__(self, seed: int, pages_per_step: int, length: int, vocabulary: Vocabulary) -> None:
-        self.seed, self.pages_per_step, self.length, self.vocabulary = seed, pages_per_step, length, vocabulary
+        self.name = f"tiny_training/{seed}"
+        self.pages_per_step, self.length, self.vocabulary = pages_per_step, length, vocabulary
         self.progress = torch.zeros(1).share_memory_()  # of the curriculum, 0 to 1
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
-        name = f"tiny_training/{self.seed}/{worker.id if worker else 0}"
+        name = f"{self.name}/{worker.id if worker else 0}"
         choices, number = random.Random(name), 0
         while True:
             progress = float(self.progress)

@@ -129,8 +129,8 @@ class BatchedForward:
 def character_loss(grid: Tensor, embeddings: Tensor, cells: Tensor, first_character: int, unknown: int) -> Tensor:
     """Cross-entropy of reading each cell's character off its visual token by the text embeddings; bars are the unknown token.
 
-    grid [N, rows, columns, C], embeddings [vocabulary, C], cells [B, pages, rows, columns] with B * pages = N. It puts visual tokens and text
-    embeddings into one space, without which nothing is learned for minutes.
+    grid [N, rows, columns, C], embeddings [vocabulary, C], cells [B, pages, rows, columns] with B * pages = N. It puts visual tokens and
+    text embeddings into one space, without which nothing is learned for minutes.
     """
     characters = AUXILIARY_SCALE * (grid.flatten(1, 2) @ embeddings.T)
     cells = cells.reshape(characters.shape[:2]).long()

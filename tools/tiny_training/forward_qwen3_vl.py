@@ -111,7 +111,9 @@ class BatchedForward:
         user = torch.zeros(3, 1, dtype=torch.int64, device=device)
         return torch.cat((user, (page[:, None] + shift[None, :, None]).flatten(1), text.expand(3, -1)), dim=1)[:, None]
 
-    def text_states(self, embeddings: Tensor, deepstack: Sequence[Tensor], pages: int, reading: Sequence[dict[str, Tensor]] = ()) -> tuple[Tensor, list[Tensor]]:
+    def text_states(
+        self, embeddings: Tensor, deepstack: Sequence[Tensor], pages: int, reading: Sequence[dict[str, Tensor]] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Final hidden states [B, T, C] of the causal language model, and masses; `reading` has an entry per layer, or is empty."""
         batch, length = embeddings.shape[0], embeddings.shape[1] - 1 - pages * PAGE_TOKENS
         cosine, sine = self.language.rotary_emb(embeddings, position_ids=self.positions(pages, length, embeddings.device))

@@ -16,6 +16,7 @@ from .documents import Batch, DocumentStream, Vocabulary, stream_batches
 from .forward import Losses
 from .rendering import Renderer
 
+SHORTEST = 1e-9  # of a phase whose length is a divisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +48,16 @@ class Settings:
 
     def rate(self, step: int, progress: float) -> float:
         """Learning rate after `step` steps and the fraction `progress` of the time."""
-        decay = min(1.0, (1.0 - progress) / (1.0 - self.constant_until))
+        decay = min(1.0, (1.0 - progress) / max(SHORTEST, 1.0 - self.constant_until))
         return self.peak_rate * min(1.0, (step + 1) / self.warmup_steps) * max(0.0, decay)
 
     def strength(self, since: float) -> float:
         """How far assigned reading is in force, 0 to 1, `since` seconds after it began (negative: not yet)."""
-        return min(1.0, max(0.0, since / self.route_ramp))
+        return min(1.0, max(0.0, since / max(SHORTEST, self.route_ramp)))
 
     def routed_share(self, strength: float, progress: float) -> float:
         """Share of routed documents at a fraction of the time."""
-        return self.routed * strength * min(1.0, (1 - progress) / (1 - self.unroute_from))
+        return self.routed * strength * min(1.0, (1 - progress) / max(SHORTEST, 1 - self.unroute_from))
 
 
 class Meter:
@@ -139,6 +140,7 @@ class Trainer:
         self.step, self.elapsed_before, self.log = state["step"], state["elapsed"], state["log"]
         self.route_from = state["route_from"]
         torch.manual_seed(self.settings.seed + self.step)
+        self.stream.name += f"/resumed at {self.step}"
         print(f"resumed at step {self.step}, {self.elapsed_before:.0f} s", flush=True)
 
     def train_step(self, batch: Batch, elapsed: float) -> tuple[Losses, torch.Tensor]:
@@ -185,7 +187,7 @@ class Trainer:
         batches = stream_batches(self.stream, settings.workers)
         while elapsed < settings.seconds and (settings.max_steps is None or self.step < settings.max_steps):
             progress = elapsed / settings.seconds
-            self.stream.progress.fill_(min(1.0, progress / settings.curriculum_until))
+            self.stream.progress.fill_(min(1.0, progress / max(SHORTEST, settings.curriculum_until)))
             batch = next(batches).to(self.device)
             meter.add(batch, *self.train_step(batch, elapsed))
             # Without waiting now and then the CPU would run ahead of the GPU, and the clock would mean nothing.
@@ -210,8 +212,8 @@ class Trainer:
                "learning_rate": self.optimizer.param_groups[0]["lr"]} | measured  # fmt: skip
         self.log.append(row)
         skills = " ".join(f"{skill} {row[skill]:.3f}" for skill in bundled.SKILLS)
-        print(f"{self.step} {elapsed:.0f}s {speed:.0f}p/s loss {row['loss']:.4f} aux {row['auxiliary']:.3f} look {row['looking']:.4f} acc {row['accuracy']:.4f} | {skills}",
-              flush=True)  # fmt: skip
+        losses = f"loss {row['loss']:.4f} aux {row['auxiliary']:.3f} look {row['looking']:.4f} acc {row['accuracy']:.4f}"
+        print(f"{self.step} {elapsed:.0f}s {speed:.0f}p/s {losses} | {skills}", flush=True)
 
     def write_log(self, path: Path) -> None:
         """The log as CSV, one row per report."""

@@ -87,7 +87,8 @@ class Probe:
         """KL of every pair alone, and what is left with the best quarter and half of the pairs only."""
         alone = {pair: self.measure({pair})[0] for pair in self.pairs}
         order = sorted(self.pairs, key=lambda pair: -alone[pair])
-        result: dict[str, Any] = {"dense_exact": self.measure(set())[1], "share_above_0.02": sum(kl >= 0.02 for kl in alone.values()) / len(alone)}
+        share = sum(kl >= 0.02 for kl in alone.values()) / len(alone)
+        result: dict[str, Any] = {"dense_exact": self.measure(set())[1], "share_above_0.02": share}
         for part in (8, 4, 2):
             kl, exact = self.measure(set(order[len(order) // part :]))
             result[f"keep_1_{part}"] = {"kl": kl, "exact": exact}

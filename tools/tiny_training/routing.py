@@ -38,9 +38,17 @@ class Router:
     """The assignment as a table over slots (documents.Batch). Needs four layers of four KV heads from `first_layer` on.
 
     `assigned` bool [slots + 1, layers, Hkv]; the last row, UNROUTED, is everything.
+
+    Raises:
+        ValueError: the geometry has fewer.
     """
 
     def __init__(self, skills: tuple[str, ...], layers: int, kv_heads: int, first_layer: int, device: torch.device) -> None:
+        if first_layer + 4 > layers or kv_heads < 4:
+            raise ValueError(
+                f"assigned reading needs 4 layers of 4 KV heads from layer {first_layer} on; this text model has {layers} layers and "
+                f"{kv_heads} KV heads: change --geometry or --first-reading-layer, or train with --look-away 0 --routed 0"
+            )
         table = torch.zeros(3 * len(skills) + 1, layers, kv_heads, dtype=torch.bool)
         for number, skill in enumerate(skills):
             for phase, pairs in enumerate((FIRST, REST)):
