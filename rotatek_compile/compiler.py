@@ -28,7 +28,7 @@ from .moments import Moments
 from .output import atomic_directory, refuse_existing
 from .sensitivity import Cutter, Plan, Prefilled, joint_kl, levels_for, measure
 
-SENSITIVITY_DOCUMENTS = 8
+SENSITIVITY_DOCUMENTS = 18  # two of each skill of `mixed`: a head that none of them needs would look worthless
 KEEP_RATIO = 0.25  # our own method's, where none is given
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
