@@ -36,7 +36,7 @@ def test_compile_options(cli, checkpoint, data_file, tmp_path, untouched, argume
     [
         (["--calib", "forms"], "--model is missing; see --list-models"),
         (["--model", "tiny-llava-next"], "--calib is missing"),
-        (["--model", "lava", "--calib", "forms"], "unknown model 'lava'; use one of llava-next, tiny-llava-next"),
+        (["--model", "lava", "--calib", "forms"], "unknown model 'lava'; use one of llava-next, tiny-llava-next, tiny-qwen3-vl, a local"),
         (["--model", "", "--calib", "forms"], "unknown model ''"),
     ],
 )
@@ -96,6 +96,11 @@ def test_lists(cli):
 
     models = cli("compile", "--list-models")
     assert models.code == 0 and "llava-hf/llava-v1.6-mistral-7b-hf" in models.out and models.err == ""
-    assert json.loads(cli("compile", "--list-models", "--json").out)["tiny-llava-next"] == "bundled with this package"
-    assert list(json.loads(cli("compile", "--list-data", "--json").out)) == ["forms"]
-    assert cli("compile", "--list-data").out.startswith("forms ")
+    assert json.loads(cli("compile", "--list-models", "--json").out) == {
+        "tiny-llava-next": "bundled with this package",
+        "tiny-qwen3-vl": "bundled with this package",
+        "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf",
+    }
+    names = ["forms", "tables", "letters", "charts", "mixed"]
+    assert list(json.loads(cli("compile", "--list-data", "--json").out)) == names
+    assert [line.split()[0] for line in cli("compile", "--list-data").out.splitlines()] == names

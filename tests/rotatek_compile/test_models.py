@@ -10,8 +10,9 @@ from rotatek_compile import RotateKError, UsageError, models
 
 
 def test_resolve(checkpoint, monkeypatch):
-    bundled = models.resolve("tiny-llava-next")
-    assert (bundled.name, bundled.is_local, bundled.location) == ("tiny-llava-next", True, str(models.bundled_path()))
+    for name in ("tiny-llava-next", "tiny-qwen3-vl"):
+        bundled = models.resolve(name)
+        assert (bundled.name, bundled.is_local, bundled.location) == (name, True, str(models.bundled_path(name)))
     alias = models.resolve("llava-next", "abc")
     assert (alias.location, alias.revision, alias.is_local) == ("llava-hf/llava-v1.6-mistral-7b-hf", "abc", False)
     hub = models.resolve("org/name", "main", trust_remote_code=True)
@@ -22,15 +23,16 @@ def test_resolve(checkpoint, monkeypatch):
     assert models.resolve(checkpoint.name).name == str(checkpoint)
 
 
-def test_bundled_checkpoint_is_where_resolve_says():
-    geometry = models.checked_geometry(models.load_config(models.resolve("tiny-llava-next")))
-    assert geometry.model_type == "llava_next"
-    assert [(layer.query_heads, layer.kv_heads, layer.head_dim) for layer in geometry.layers] == [(4, 2, 128)] * 6
+@pytest.mark.parametrize(("name", "model_type"), [("tiny-llava-next", "llava_next"), ("tiny-qwen3-vl", "qwen3_vl")])
+def test_bundled_checkpoint_is_where_resolve_says(name, model_type):
+    geometry = models.checked_geometry(models.load_config(models.resolve(name)))
+    assert geometry.model_type == model_type
+    assert [(layer.query_heads, layer.kv_heads, layer.head_dim) for layer in geometry.layers] == [(8, 4, 128)] * 6
 
 
 @pytest.mark.parametrize("name", ["lava", "", "  "])
 def test_unknown_alias_lists_the_known_ones(name):
-    with pytest.raises(UsageError, match="use one of llava-next, tiny-llava-next, a local directory, or a Hub id"):
+    with pytest.raises(UsageError, match="use one of llava-next, tiny-llava-next, tiny-qwen3-vl, a local directory, or a Hub id"):
         models.resolve(name)
 
 
