@@ -131,10 +131,11 @@ def show(file: Path) -> None:
     with file.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     first = rows[0]
+    versions = f"torch {first['torch']}, transformers {first['transformers']}"
     skills = list(dict.fromkeys(row["skill"] for row in rows))
     print(
         f"{first['model']} on {first['data']}: {first['documents']} evaluation documents, pairs chosen on {first['calibration_documents']} "
-        f"calibration documents; {first['device']}, {first['dtype']}, torch {first['torch']}, transformers {first['transformers']}\n"
+        f"calibration documents; {first['device'] or 'cpu'}, {first['dtype']}, {versions}\n"
     )
     print(f"| skill | documents | pairs | share with KL >= {MATTERS} alone | max | median | pairs with 90 % of the sum |")
     print("|---|---|---|---|---|---|---|")

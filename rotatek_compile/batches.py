@@ -47,11 +47,13 @@ def prompt_text(processor: Any, images: int, question: str) -> str:
     """The prompt of one question about some images, ready for the processor.
 
     Raises:
-        RotateKError: the question holds the placeholder that stands for an image.
+        RotateKError: the question holds a placeholder that stands for an image or a video.
     """
-    placeholder = getattr(processor, "image_token", None)
-    if placeholder and placeholder in question:
-        raise RotateKError(f"the question holds {placeholder}, which stands for an image; leave it out: {question[:60]!r}")
+    for medium in ("image", "video"):
+        placeholder = getattr(processor, f"{medium}_token", None)
+        if placeholder and placeholder in question:
+            article = "an" if medium == "image" else "a"
+            raise RotateKError(f"the question holds {placeholder}, which stands for {article} {medium}; leave it out: {question[:60]!r}")
     content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
     content.append({"type": "text", "text": question})
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)

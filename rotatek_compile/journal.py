@@ -48,6 +48,8 @@ class Journal:
             there = self.file.read_bytes() if self.file.exists() else b""
             if there and not resume:
                 raise RotateKError(f"{self.file} holds an evaluation already; pass --resume to go on with it, or another --output")
+            if b"\n" not in there and not header.encode().startswith(there):
+                raise RotateKError(f"{self.file} is no evaluation of rotatek-eval; move it away, or choose another --output")
             end = self._read(there, header) if b"\n" in there else 0
             self.stream = self.file.open("r+b" if there else "wb")
             self.stream.truncate(end)

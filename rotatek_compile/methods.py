@@ -69,7 +69,9 @@ class Methods:
         method = self.artifact.method
         coder = self.enabled.prepared.coder
         if coder is not None:
-            setting, ratio = ", ".join(filter(None, (coder.name, coder.setting))), None if method.kv_budget else method.keep_ratio
+            setting = ", ".join(filter(None, (coder.name, coder.setting)))
+            by_ratio = not method.kv_budget and "keep_ratio" in RIVALS[coder.name].settings
+            ratio = method.keep_ratio if by_ratio else None
             return Entry(ARTIFACT, self.enabled.new_cache, setting, method.kv_budget, method.kv_budget, ratio)
         setting = f"keep ratio {method.keep_ratio:g}, {method.allocation}"
         return Entry(ARTIFACT, self.enabled.new_cache, setting, keep_ratio=method.keep_ratio)
@@ -89,12 +91,19 @@ class Methods:
     def rival(self, name: str, kv_budget: float | None = None, keep_ratio: float | None = None, requested: float | None = None) -> Entry:
         """A rival at a KV budget or a keep ratio; `requested` is the budget that was wanted, by default the one given."""
         self._check_learned(name)
+        if (span := self.artifact.method.span) != "visual":  # before anything is measured or written
+            raise UsageError(f"method {name} codes images only, but the artifact has span {span!r}; compile one with --span visual")
         coder = make_coder(name, self.artifact.geometry, kv_budget=kv_budget, keep_ratio=keep_ratio, state={"knockout": self.knockout})
         make = self._cache_maker(self.enabled.prepared, coder)
         return Entry(name, make, coder.setting, kv_budget if requested is None else requested, kv_budget, keep_ratio)
 
     def chosen(self, names: Iterable[str], budgets: Sequence[float], ratios: Sequence[float]) -> list[Entry]:
         """Each method at each setting it can take; one that takes none of those given is run once, as it is."""
+        names = list(names)
+        if ratios and not any(name == OURS or (name in RIVALS and "keep_ratio" in RIVALS[name].settings) for name in names):
+            known = [name for name in names if name in RIVALS]
+            if known:
+                raise UsageError(f"{', '.join(known)} has no keep ratio; leave --keep-ratio out")
         entries = []
         for name in names:
             if name == OURS:

@@ -83,3 +83,10 @@ def test_end_ids():
 
 def test_template_hash():
     assert template_hash(SimpleNamespace(chat_template="a")) != template_hash(SimpleNamespace(chat_template="b"))
+
+
+@pytest.mark.parametrize(("medium", "article"), [("image", "an"), ("video", "a")])
+def test_questions_may_not_hold_placeholders(medium, article):
+    processor = SimpleNamespace(image_token="<image>", video_token="<video>")
+    with pytest.raises(RotateKError, match=f"holds <{medium}>, which stands for {article} {medium}; leave it out"):
+        prompt_text(processor, 1, f"What <{medium}> is it?")

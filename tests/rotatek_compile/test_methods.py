@@ -86,11 +86,19 @@ def test_chosen(methods):
         (["rotatek"], (), (), "--method rotatek needs --keep-ratio"),
         (["int4"], (0.01,), (), "int4 cannot meet a KV budget of 0.01; the smallest it can on this model is 0.3"),
         (["think"], (), (), "think takes a KV budget or a keep ratio"),
+        (["int4", "fp8"], (), (0.5,), "int4, fp8 has no keep ratio; leave --keep-ratio out"),
     ],
 )
 def test_refusals(methods, names, budgets, ratios, words):
     with pytest.raises(UsageError, match=words):
         methods.chosen(names, budgets, ratios)
+
+
+def test_rivals_beside_an_artifact_of_all_text_are_refused_before_anything_runs(methods):
+    methods.artifact = replace(methods.artifact, method=replace(methods.artifact.method, span="all"))
+    for ask in (lambda: methods.chosen(["int4"], (), ()), lambda: methods.suite("rivals")):
+        with pytest.raises(UsageError, match="int[48] codes images only, but the artifact has span 'all'"):
+            ask()
 
 
 def test_unknown_suite(methods):

@@ -53,6 +53,13 @@ def evaluation(tiny, fake_processor, skilled, make_artifact):
     return run
 
 
+def test_resuming_never_overwrites_a_file_of_another_kind(tmp_path):
+    (tmp_path / FILE).write_text("precious")
+    with pytest.raises(RotateKError, match="is no evaluation of rotatek-eval"):
+        Journal(tmp_path, FACTS, ASKS, ["dense"], [1], resume=True)
+    assert (tmp_path / FILE).read_text() == "precious"
+
+
 def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
