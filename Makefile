@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.run
-	$(BIN)/rotatek-compile --model tiny-llava-next --calib forms --output artifacts/demo --overwrite
+	$(BIN)/rotatek-compile --model tiny-llava-next --calib mixed --num-samples 24 --output artifacts/demo --overwrite
 	$(BIN)/python tools/demo.py artifacts/demo
 
 test: $(VENV)/.test
