@@ -33,12 +33,12 @@ class CodedSpans:
     def add(self, row: int, segment: CodedSegment) -> None:
         """Append a segment to one row."""
         self.rows[row].append(segment)
-        self._work = None
+        self.drop_work()
 
     def select_rows(self, rows: Iterable[int]) -> None:
         """Keep these rows, in this order, repeats allowed: segments are shared."""
         self.rows = [list(self.rows[row]) for row in rows]
-        self._work = None
+        self.drop_work()
 
     def drop_work(self) -> None:
         """Free the work copy; the next attention makes it anew."""

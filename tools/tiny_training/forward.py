@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
 
 from .bundled import page
-from .llava_next import FIRST_CHARACTER, NEWLINE, PATCH, TILE, UNKNOWN, USER
+from .documents import Vocabulary
+from .llava_next import NEWLINE, PATCH, TILE, TOKENS, UNKNOWN, USER
 
 GRID = TILE // PATCH
 AUXILIARY_SCALE = 4.0
@@ -57,9 +58,28 @@ class Losses:
     masses: list[Tensor]
 
 
-class BatchedForward:
+class PackedForward:
+    """What families share. `vocabulary` and `unknown` are their token ids; `language` is the text model, `text_logits` their forward."""
+
+    vocabulary: Vocabulary
+    unknown: int
+    language: nn.Module
+    text_logits: Callable[..., tuple[Tensor, Tensor, list[Tensor]]]
+
+    def losses(
+        self, pixels: Tensor, pages: int, tokens: Tensor, answer: Tensor, cells: Tensor, reading: Sequence[dict[str, Tensor]] = ()
+    ) -> Losses:
+        """Losses of a packed batch; `cells` are codes [B, pages, rows, columns]."""
+        logits, grid, masses = self.text_logits(pixels, pages, tokens, reading)
+        loss, hit = masked_cross_entropy(logits, tokens, answer.float())
+        embeddings, first_character = self.language.embed_tokens.weight, self.vocabulary.first_character
+        return Losses(loss, character_loss(grid, embeddings, cells, first_character, self.unknown), hit, masses)
+
+
+class BatchedForward(PackedForward):
     """Vision, projector, merge, language model and losses on whole batches."""
 
+    vocabulary, unknown = TOKENS, UNKNOWN
     after_page = 1  # tokens between a page's last visual token and the text: its newline
 
     def __init__(self, model: LlavaNextForConditionalGeneration, compile_layers: bool = False) -> None:
@@ -116,14 +136,6 @@ class BatchedForward:
         base, grid = self.visual_tokens(pixels)
         states, masses = self.text_states(self.embed(base, grid, pages, tokens), reading)
         return self.model.lm_head(states[:, -tokens.shape[1] - 1 : -1]), grid, masses
-
-    def losses(
-        self, pixels: Tensor, pages: int, tokens: Tensor, answer: Tensor, cells: Tensor, reading: Sequence[dict[str, Tensor]] = ()
-    ) -> Losses:
-        """Losses of a packed batch; `cells` are codes [B, pages, rows, columns]."""
-        logits, grid, masses = self.text_logits(pixels, pages, tokens, reading)
-        loss, hit = masked_cross_entropy(logits, tokens, answer.float())
-        return Losses(loss, character_loss(grid, self.language.embed_tokens.weight, cells, FIRST_CHARACTER, UNKNOWN), hit, masses)
 
 
 def character_loss(grid: Tensor, embeddings: Tensor, cells: Tensor, first_character: int, unknown: int) -> Tensor:

@@ -15,8 +15,8 @@ from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from .forward import Losses, character_loss, masked_cross_entropy, text_layer
-from .qwen3_vl import FIRST_CHARACTER, FRAMES, GRID, MERGE, NEWLINE, PATCH, SIDE, UNKNOWN, USER, VISION_END, VISION_START
+from .forward import PackedForward, text_layer
+from .qwen3_vl import FRAMES, GRID, MERGE, NEWLINE, PATCH, SIDE, TOKENS, UNKNOWN, USER, VISION_END, VISION_START
 
 VISUAL = GRID * GRID  # tokens of a page
 BEFORE, AFTER = 1, 2  # tokens around them: vision start; vision end and newline
@@ -47,9 +47,10 @@ def _vision_layer(block: nn.Module, hidden: Tensor, cosine: Tensor, sine: Tensor
     return hidden + block.mlp(block.norm2(hidden))
 
 
-class BatchedForward:
+class BatchedForward(PackedForward):
     """Vision, merger, DeepStack, language model and losses on whole batches."""
 
+    vocabulary, unknown = TOKENS, UNKNOWN
     after_page = AFTER  # tokens between a page's last visual token and the text
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, compile_layers: bool = False) -> None:
@@ -133,11 +134,3 @@ class BatchedForward:
         visual, deepstack = self.visual_tokens(pixels)
         states, masses = self.text_states(self.embed(visual, pages, tokens), deepstack, pages, reading)
         return self.model.lm_head(states[:, -tokens.shape[1] - 1 : -1]), visual.unflatten(1, (GRID, GRID)), masses
-
-    def losses(
-        self, pixels: Tensor, pages: int, tokens: Tensor, answer: Tensor, cells: Tensor, reading: Sequence[dict[str, Tensor]] = ()
-    ) -> Losses:
-        """Losses of a packed batch; `cells` are codes [B, pages, rows, columns]."""
-        logits, grid, masses = self.text_logits(pixels, pages, tokens, reading)
-        loss, hit = masked_cross_entropy(logits, tokens, answer.float())
-        return Losses(loss, character_loss(grid, self.language.embed_tokens.weight, cells, FIRST_CHARACTER, UNKNOWN), hit, masses)

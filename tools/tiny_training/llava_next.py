@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
-    GenerationConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -17,6 +14,7 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from .checkpoint import character_tokenizer, random_model, write_checkpoint
 from .documents import Vocabulary
 
 TILE, PATCH, PAGE = 160, 16, 320  # pixels; a patch of a page's tiles is one character cell
@@ -45,23 +43,8 @@ CHAT_TEMPLATE = """\
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per printable ASCII character and newline; anything else is <unk>."""
-    vocabulary = {token: index for index, token in enumerate(SPECIAL)}
-    vocabulary["\n"] = NEWLINE
-    vocabulary.update({chr(32 + index): FIRST_CHARACTER + index for index in range(95)})
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<eos>",
-        extra_special_tokens={"image_token": "<image>", "user_token": "<|user|>", "assistant_token": "<|assistant|>"},
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=4096,
-    )
+    names = {"image_token": "<image>", "user_token": "<|user|>", "assistant_token": "<|assistant|>"}
+    return character_tokenizer(SPECIAL, names, 4096)
 
 
 def build_processor() -> LlavaNextProcessor:
@@ -113,14 +96,9 @@ def build_config(
 
 def build_model(config: LlavaNextConfig, seed: int = 0) -> LlavaNextForConditionalGeneration:
     """The model with random fp32 weights."""
-    torch.manual_seed(seed)
-    model = LlavaNextForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, do_sample=False, max_new_tokens=16)
-    return model.float()
+    return random_model(LlavaNextForConditionalGeneration, config, seed, EOS, PAD)
 
 
 def save_checkpoint(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
     """Write model (in bf16) and processor to `folder`; `model` itself is cast."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    write_checkpoint(model, build_processor(), folder)

@@ -11,10 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -23,6 +20,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from . import llava_next
+from .checkpoint import character_tokenizer, random_model, write_checkpoint
 from .documents import Vocabulary
 
 PAGE, PATCH, MERGE, FRAMES = 320, 8, 2, 2  # pixels, pixels, patches, copies of a still image in a patch
@@ -48,23 +46,7 @@ CHAT_TEMPLATE = llava_next.CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|i
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per printable ASCII character and newline; anything else is <unk>."""
-    vocabulary = {token: index for index, token in enumerate(SPECIAL)}
-    vocabulary["\n"] = NEWLINE
-    vocabulary.update({chr(32 + index): FIRST_CHARACTER + index for index in range(95)})
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<eos>",
-        extra_special_tokens=NAMES,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=8192,
-    )
+    return character_tokenizer(SPECIAL, NAMES, 8192)
 
 
 def _pixels() -> dict[str, Any]:
@@ -140,14 +122,9 @@ def build_config(
 
 def build_model(config: Qwen3VLConfig, seed: int = 0) -> Qwen3VLForConditionalGeneration:
     """The model with random fp32 weights."""
-    torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, do_sample=False, max_new_tokens=16)
-    return model.float()
+    return random_model(Qwen3VLForConditionalGeneration, config, seed, EOS, PAD)
 
 
 def save_checkpoint(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
     """Write model (in bf16) and processor to `folder`; `model` itself is cast."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    write_checkpoint(model, build_processor(), folder)
