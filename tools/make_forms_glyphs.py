@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 CELL = 16
 BASELINE = 12  # row of the baseline inside a cell; descenders get the four rows below
 OVERSAMPLE = 4  # glyphs are drawn four times as large and averaged down: centring then works on quarter pixels
-SIZES = (10, 12, 14)  # em in pixels
+SIZES = (8, 9, 10)  # em in pixels: small enough that nothing is legible once a page is reduced four times
 FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique",
     "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmss10", "cmtt10",

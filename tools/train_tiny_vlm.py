@@ -27,6 +27,7 @@ from tiny_training.documents import DocumentStream  # noqa: E402
 from tiny_training.evaluation import exact_match  # noqa: E402
 from tiny_training.loop import Settings, Trainer  # noqa: E402
 from tiny_training.probe import Probe  # noqa: E402
+from tiny_training.widening import load_weights, widen_heads, without_layer  # noqa: E402
 
 MAX_BYTES = 20_000_000
 FAMILIES = {"llava_next": ("forward", "tile_pages"), "qwen3_vl": ("forward_qwen3_vl", "patch_pages")}
@@ -41,13 +42,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for state, log and result")
     parser.add_argument("--eval-documents", type=int, default=900)
     parser.add_argument("--geometry", default="", help="overrides of build_config, such as layers=5,kv_heads=2")
+    parser.add_argument("--begin-with", type=Path, help="a state.pt or checkpoint with as many heads, or fewer, which are then copied")
+    parser.add_argument("--drop-layer", type=int, help="of its text layers, leave this one out")
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from --work/state.pt if it is there")
     parser.add_argument("--probe", action="store_true", help="measure --work/state.pt and stop")
     parser.add_argument("--no-compile", action="store_true")
     for name in (
-        "pages_per_step", "length", "peak_rate", "look_away", "routed", "route_at", "route_ramp", "unroute_from", "first_reading_layer",
+        "pages_per_step", "length", "peak_rate", "look_away", "routed", "route_at", "route_ramp", "rest_from", "unroute_from",
         "curriculum_until", "constant_until", "workers", "seed", "warmup_steps",
     ):  # fmt: skip
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default[name]), default=default[name])
@@ -81,6 +84,11 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, torch {torch.__version__}, transformers {transformers.__version__}, {device}", flush=True)
     arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.begin_with:
+        weights = load_weights(arguments.begin_with, device)
+        if arguments.drop_layer is not None:
+            weights = without_layer(weights, arguments.drop_layer)
+        print(f"every head of {arguments.begin_with} stands {widen_heads(weights, model)} times", flush=True)
     result: dict[str, Any] = {
         "family": arguments.family, "parameters": parameters, "torch": torch.__version__, "transformers": transformers.__version__,
         "settings": {name: str(value) for name, value in chosen.items() if name != "work"},

@@ -41,7 +41,7 @@ def test_all_directions_kept_change_nothing(loaded, dense, tmp_path, monkeypatch
     small = {"num_samples": 4, "batch_size": 2, "keep_ratio": 1.0, "device": "cpu", "quiet": True}
     compile_artifact(CompileOptions(model="tiny-qwen3-vl", calib="forms", output=target, **small))
     artifact = read_artifact(target)
-    assert artifact.ranks() == {layer: [128] * 4 for layer in range(6)}
+    assert artifact.ranks() == {layer: [128] * 4 for layer in range(5)}
     for sample, reference in dense:
         with enable(loaded[0], artifact):
             answer = answer_once(*loaded, list(sample.images), sample.question, 24, stream=False)

@@ -27,7 +27,7 @@ def case(request, pack):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4.0)
+                parameter.mul_(6.0)
     torch.manual_seed(0)
     batches = [pack(family.TOKENS, 2, PAGES, length=80, name=f"probe/{number}") for number in range(2)]
     probe = Probe(model, forward(model), prepare, Renderer(torch.device("cpu")), batches)

@@ -66,7 +66,7 @@ def processed(pages_each, seed=0, side="right"):
 def test_default_checkpoint_can_be_shipped():
     with torch.device("meta"):
         model = qwen3_vl.Qwen3VLForConditionalGeneration(qwen3_vl.build_config())
-    assert 19_000_000 < 2 * sum(p.numel() for p in model.parameters()) < 19_900_000  # bf16; 100 kB are left for headers and the processor
+    assert 17_000_000 < 2 * sum(p.numel() for p in model.parameters()) < 19_900_000  # bf16; 100 kB are left for headers and the processor
     text = model.config.text_config
     assert text.rope_parameters["mrope_section"] == [24, 20, 20] and not model.config.tie_word_embeddings
     assert len(model.model.visual.deepstack_merger_list) == 2

@@ -54,44 +54,41 @@ def test_without_assignment_it_is_plain_causal_attention():
     assert torch.allclose(out, expected, atol=1e-5) and masses == []
 
 
-def test_every_skill_has_a_pair_for_the_first_character_and_one_for_the_rest():
-    router = routing.Router(SKILLS, 6, 4, 2, torch.device("cpu"))
-    table = router.assigned
-    assert table.shape == (3 * len(SKILLS) + 1, 6, 4) and table[-1].all()
-    used = set()
+def test_every_skill_reads_through_the_heads_of_its_group():
+    table = routing.Router(SKILLS, 5, 8, 3, torch.device("cpu")).assigned
+    assert table.shape == (3 * len(SKILLS) + 1, 5, 8) and table[-1].all()
     for number, skill in enumerate(SKILLS):
-        first, rest, question = table[2 * number], table[2 * number + 1], table[2 * len(SKILLS) + number]
-        assert first.sum() == rest.sum() == 1, skill
-        assert torch.equal(question, first | rest)
-        layer, head = routing.FIRST[skill]
-        assert first[2 + layer, head]
-        layer, head = routing.REST.get(skill, routing.FIRST[skill])
-        assert rest[2 + layer, head]
-        used |= {tuple(pair) for tensor in (first, rest) for pair in tensor.nonzero().tolist()}
-    assert used == {(layer, head) for layer in range(2, 6) for head in range(4)}  # every pair behind the first layers has work
-    assert len({*routing.FIRST.values(), *routing.REST.values()}) == len(routing.FIRST) + len(routing.REST) == 16
-    assert set(routing.FIRST) == set(SKILLS)
+        group = next(n for n, members in enumerate(routing.GROUPS) if skill in members)
+        for slot, layers in ((2 * number, {0, 1, 2}), (2 * number + 1, {3, 4}), (2 * len(SKILLS) + number, {0, 1, 2})):
+            expected = {(layer, head) for layer in layers for head in (2 * group, 2 * group + 1)}
+            assert {tuple(pair) for pair in table[slot].nonzero().tolist()} == expected, (skill, slot)
+    undivided = routing.Router(SKILLS, 5, 8, 0, torch.device("cpu")).assigned
+    assert torch.equal(undivided[:-1].any(1), undivided[:-1].all(1)) and torch.equal(undivided[0], undivided[1])
+    assert sorted(skill for members in routing.GROUPS for skill in members) == sorted(SKILLS)
 
 
-@pytest.mark.parametrize(("layers", "heads", "first"), [(5, 4, 2), (6, 2, 2), (6, 4, 3)])
-def test_too_small_a_geometry_is_refused(layers, heads, first):
-    with pytest.raises(ValueError, match=f"this text model has {layers} layers and {heads} KV heads"):
-        routing.Router(SKILLS, layers, heads, first, torch.device("cpu"))
+def test_what_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match="among 4 groups of skills; this text model has 6"):
+        routing.Router(SKILLS, 5, 6, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match="--rest-from 5 is no layer of this text model; it has 5"):
+        routing.Router(SKILLS, 5, 4, 5, torch.device("cpu"))
 
 
-def test_others_are_looked_up_by_slot_and_pages_read_freely():
-    router = routing.Router(SKILLS, 6, 4, 2, torch.device("cpu"))
-    slot = torch.tensor([[0, 1, 2 * len(SKILLS), -1], [6, 7, 2 * len(SKILLS) + 3, 8]])
-    others = router.others(slot, 5)
-    assert others.shape == (6, 2, 9, 4) and others.dtype == torch.bool
+def test_others_and_weights_are_looked_up_by_slot_and_pages_read_freely():
+    router = routing.Router(SKILLS, 3, 4, 2, torch.device("cpu"))
+    first = 2 * len(SKILLS)
+    slot = torch.tensor([[0, 1, first, -1], [6, 7, first + 3, 8]])
+    others, weights = router.others(slot, 5), router.weights(slot, 5)
+    assert others.shape == (3, 2, 9, 4) and others.dtype == torch.bool and weights.shape == (2, 9)
     assert not others[:, :, :5].any() and not others[:, 0, 8].any()
     for row, column in ((0, 0), (0, 2), (1, 1), (1, 3)):
         assert torch.equal(others[:, row, 5 + column], ~router.assigned[slot[row, column]])
+    assert torch.allclose(weights[:, 5:], torch.tensor([[0.2, 0.2, 0.25, 0.0], [0.2, 0.2, 0.25, 0.2]])) and not weights[:, :5].any()
 
 
-def test_the_penalty_is_the_mean_mass_of_other_pairs():
+def test_the_penalty_adds_up_layers_and_is_a_mean_over_heads_and_tokens():
     masses = [torch.tensor([[[0.1, 0.3, 0.5, 0.7], [0.2, 0.2, 0.9, 0.9]]]), torch.tensor([[[1.0, 1.0, 0.0, 0.0], [0.4, 0.4, 0.8, 0.8]]])]
-    others = [torch.tensor([[[True, False], [False, False]]]), torch.tensor([[[True, True], [False, False]]])]
-    # one token has others: (0.2 of layer 0 head 0) + (1.0 + 0.0 of layer 1), over two layers of two heads
-    assert float(routing.looking(masses, others)) == pytest.approx((0.2 + 1.0) / 4)
-    assert float(routing.looking(masses, [torch.zeros_like(other) for other in others])) == 0.0
+    others = torch.tensor([[[[True, False], [False, True]]], [[[True, False], [False, False]]]])
+    # first token, first head: 0.2 + 1.0; second token, second head: 0.9 of the first layer; two heads
+    assert float(routing.looking(masses, others, torch.tensor([[0.75, 0.25]]))) == pytest.approx((0.75 * 1.2 + 0.25 * 0.9) / 2)
+    assert float(routing.looking(masses, torch.zeros_like(others), torch.ones(1, 2))) == 0.0

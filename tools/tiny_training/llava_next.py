@@ -69,7 +69,7 @@ def build_processor() -> LlavaNextProcessor:
 def build_config(
     *,
     hidden: int = 256,
-    layers: int = 6,
+    layers: int = 5,
     heads: int = 8,
     kv_heads: int = 4,
     head_dim: int = 128,

@@ -37,8 +37,8 @@ class Settings:
     routed: float = 0.0  # share of documents in which other pairs cannot see pages
     route_at: float = 0.93  # both begin when token accuracy passes this, and grow for `route_ramp` seconds
     route_ramp: float = 60.0
+    rest_from: int = 0  # layer from which on answers are continued, before which they are begun; 0 for no such division
     unroute_from: float = 0.8  # from here on that share falls to nothing at the end
-    first_reading_layer: int = 2
     workers: int = 8
     compile_layers: bool = True
     save_every: float = 120.0
@@ -110,8 +110,7 @@ class Trainer:
         self.router, self.route_from = None, float("inf")  # seconds at which assigned reading began
         if settings.routed or settings.look_away:
             text = model.config.get_text_config()
-            layers, heads = text.num_hidden_layers, text.num_key_value_heads
-            self.router = routing.Router(bundled.SKILLS, layers, heads, settings.first_reading_layer, device)
+            self.router = routing.Router(bundled.SKILLS, text.num_hidden_layers, text.num_key_value_heads, settings.rest_from, device)
             routing.register()
             text._attn_implementation = routing.NAME
         settings.work.mkdir(parents=True, exist_ok=True)
@@ -150,12 +149,12 @@ class Trainer:
         paid = torch.zeros((), device=self.device)
         with torch.no_grad():
             pixels = self.prepare(self.renderer.draw(batch.cells.flatten(0, 1)))
-            others, reading = self._reading(batch, settings.routed_share(strength, progress))
+            others, weights, reading = self._reading(batch, settings.routed_share(strength, progress))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             losses = self.forward.losses(pixels, pages, batch.tokens, batch.answer, batch.cells, reading)
         loss = losses.answer + settings.auxiliary_weight * losses.auxiliary
-        if losses.masses:
-            paid = routing.looking(losses.masses, others)
+        if others is not None:
+            paid = routing.looking(losses.masses, others, weights)
             loss = loss + settings.look_away * strength * paid
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
@@ -166,18 +165,19 @@ class Trainer:
         self.step += 1
         return losses, paid
 
-    def _reading(self, batch: Batch, share: float) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-        """Per layer: which heads are not a token's own, and what the attention function is told. Empty without assigned reading."""
+    def _reading(self, batch: Batch, share: float) -> tuple[torch.Tensor | None, torch.Tensor | None, list[dict[str, torch.Tensor]]]:
+        """Which heads are not a token's own, what tokens weigh, and what every layer's attention is told; nothing for plain training."""
         if self.router is None:
-            return [], []
+            return None, None, []
         columns = self.forward.page_columns(batch.cells.shape[1])
         before = columns[-1].stop + self.forward.after_page
         visual = torch.zeros(before + batch.tokens.shape[1], device=self.device)
         for page in columns:
             visual[page] = 1.0
-        others = list(self.router.others(batch.slot, before))
+        others = self.router.others(batch.slot, before)
         routed = (torch.rand(batch.tokens.shape[0], device=self.device) < share)[:, None, None]
-        return others, [{"blocked": other & routed, "visual": visual} for other in others]
+        reading = [{"blocked": other & routed, "visual": visual} for other in others]
+        return others, self.router.weights(batch.slot, before), reading
 
     def run(self, started: float) -> None:
         """Train until `settings.seconds` after `started` (time.monotonic), minus what a resumed run had used."""

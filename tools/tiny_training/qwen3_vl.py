@@ -83,7 +83,7 @@ def _without_videos() -> type[Any]:
 def build_config(
     *,
     hidden: int = 256,
-    layers: int = 6,
+    layers: int = 5,
     heads: int = 8,
     kv_heads: int = 4,
     head_dim: int = 128,

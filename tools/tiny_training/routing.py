@@ -1,13 +1,14 @@
 """Assigned reading: while training, the text of each skill is made to look at the pages through KV heads of its own.
 
 A model that learns to read from scratch ends up reading everything through two heads, however many skills it has: nothing asks for more.
-Here every skill has one (layer, KV head) pair for the first character of an answer and one for the rest; question text may use both. Once
-the model reads at all, two things are added, each with a setting of its own in loop.py:
+Here the KV heads of every layer are divided among groups of skills, and the layers between finding the first character of an answer and
+copying on. Two things ask for that division, each with a setting in loop.py:
 
-- a penalty on the attention that any other pair pays to pages, so that those learn to look away;
-- in a share of the documents other pairs cannot see pages at all, so that the assigned ones must do the work.
+- a penalty on the attention that other pairs pay to pages;
+- in a share of the documents those pairs cannot see pages at all.
 
-docs/backbones.md has what each of them did, and what did not work. The trained model is a stock one; nothing of this is left at inference.
+Both come once the model reads. Heads that never learned to find anything do not learn it under a penalty (docs/backbones.md), so the heads
+are best copies of ones that have (widening.py). The trained model is a stock one; nothing of this is left at inference.
 """
 
 from __future__ import annotations
@@ -23,55 +24,58 @@ NAME = "tiny_training_assigned"
 EXTRA = 8  # channels added to the head dimension; kernels want multiples of 8
 BLOCKED = 1e4  # what a blocked head's logits towards pages are lowered by, before scaling
 
-# Which pair reads for which skill, as (layers behind the first reading layer, KV head). Copying on is the easiest and comes early; the
-# skills that compute something with what they read need layers behind it.
-FIRST = {
-    "larger": (1, 0), "count": (1, 1), "chart": (1, 2), "page": (1, 3),
-    "field": (2, 0), "missing": (2, 1), "cell": (2, 2), "line": (2, 3), "ordinal": (3, 0),
-}  # fmt: skip
-REST = {
-    "field": (0, 0), "cell": (0, 1), "line": (0, 2), "ordinal": (0, 3), "missing": (3, 1), "larger": (3, 2), "chart": (3, 3),
-}  # fmt: skip
+QUESTION = 0.5  # weight of question tokens in the penalty beside answers; what a question is about shows only while it is read
+
+# Skills that share heads: those that look up keys, follow a label to a value, work on tables, copy lines.
+GROUPS = (("field", "missing", "larger"), ("page", "chart"), ("cell", "count"), ("line", "ordinal"))
 
 
 class Router:
-    """The assignment as a table over slots (documents.Batch). Needs four layers of four KV heads from `first_layer` on.
+    """The assignment as a table over slots (documents.Batch).
 
-    `assigned` bool [slots + 1, layers, Hkv]; the last row, UNROUTED, is everything.
+    `assigned` bool [slots + 1, layers, Hkv]; the last row, UNROUTED, is everything. Questions and first characters are read for in layers
+    before `rest_from`, the rest of an answer from there on; with 0 all of it in every layer.
 
     Raises:
-        ValueError: the geometry has fewer.
+        ValueError: the KV heads cannot be divided among the groups, or there is no layer on one side of `rest_from`.
     """
 
-    def __init__(self, skills: tuple[str, ...], layers: int, kv_heads: int, first_layer: int, device: torch.device) -> None:
-        if first_layer + 4 > layers or kv_heads < 4:
+    def __init__(self, skills: tuple[str, ...], layers: int, kv_heads: int, rest_from: int, device: torch.device) -> None:
+        if not 0 <= rest_from < layers:
+            raise ValueError(f"--rest-from {rest_from} is no layer of this text model; it has {layers}, and 0 divides none")
+        if kv_heads % len(GROUPS):
             raise ValueError(
-                f"assigned reading needs 4 layers of 4 KV heads from layer {first_layer} on; this text model has {layers} layers and "
-                f"{kv_heads} KV heads: change --geometry or --first-reading-layer, or train with --look-away 0 --routed 0"
+                f"assigned reading divides the KV heads among {len(GROUPS)} groups of skills; this text model has {kv_heads}: "
+                "change --geometry, or train with --look-away 0 --routed 0"
             )
+        self.answers, share = 2 * len(skills), kv_heads // len(GROUPS)
         table = torch.zeros(3 * len(skills) + 1, layers, kv_heads, dtype=torch.bool)
+        first, rest = (slice(0, rest_from), slice(rest_from, layers)) if rest_from else (slice(0, layers), slice(0, layers))
         for number, skill in enumerate(skills):
-            for phase, pairs in enumerate((FIRST, REST)):
-                layer, head = pairs.get(skill, FIRST[skill])
-                table[2 * number + phase, first_layer + layer, head] = True
-                table[2 * len(skills) + number, first_layer + layer, head] = True
+            (group,) = (number for number, members in enumerate(GROUPS) if skill in members)
+            for slot, where in ((2 * number, first), (2 * number + 1, rest), (self.answers + number, first)):
+                table[slot, where, group * share : (group + 1) * share] = True
         table[-1] = True
         self.assigned = table.to(device)
 
     def others(self, slot: Tensor, visual: int) -> Tensor:
-        """bool [layers, B, T, Hkv]: which heads of which token are not its own. T = `visual` leading tokens and those of `slot` [B, L]."""
+        """bool [layers, B, T, Hkv]: which heads are not a token's own. T = `visual` leading tokens and those of `slot` [B, L]."""
         return ~self.assigned[pad(slot, (visual, 0), value=-1)].permute(2, 0, 1, 3)
 
+    def weights(self, slot: Tensor, visual: int) -> Tensor:
+        """float32 [B, T]: what tokens count in the penalty. Answers add up to 1, questions to QUESTION, the rest to 0."""
+        slot = pad(slot, (visual, 0), value=-1)
+        answer, question = ((slot >= 0) & (slot < self.answers)).float(), (slot >= self.answers).float()
+        return answer / answer.sum().clamp_min(1) + QUESTION * question / question.sum().clamp_min(1)
 
-def looking(masses: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """The penalty, 0 to 1: mean attention that text pays to pages through heads that are not its own.
 
-    `masses` per layer [B, T, Hq], `others` per layer bool [B, T, Hkv].
+def looking(masses: Sequence[Tensor], others: Tensor, weights: Tensor) -> Tensor:
+    """The penalty: attention that text pays to pages through heads that are not its own, summed over layers, mean over heads and tokens.
+
+    `masses` per layer [B, T, Hq], `others` bool [layers, B, T, Hkv], `weights` of tokens [B, T].
     """
-    group = masses[0].shape[-1] // others[0].shape[-1]
-    paid = torch.stack([(m.float().unflatten(-1, (-1, group)).mean(-1) * o).sum() for m, o in zip(masses, others, strict=True)])
-    tokens = others[0].any(-1).sum().clamp_min(1)
-    return paid.sum() / (tokens * len(others) * others[0].shape[-1])
+    paid = torch.stack(list(masses)).float().unflatten(-1, (others.shape[-1], -1)).mean(-1)
+    return (paid * others * weights[..., None]).sum() / others.shape[-1]
 
 
 def assigned_attention(
