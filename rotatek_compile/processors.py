@@ -1,4 +1,4 @@
-"""Processors of checkpoints that also take videos, for environments without torchvision.
+"""Processors as this package calls them: those that also take videos without torchvision, and tokenizers of text-only models.
 
 transformers reads images with Pillow alone, but its video processors need torchvision, and a processor with a video part does not load
 without it. Here the same processor class is built without that part: the library's own code still expands the image placeholders.
@@ -7,6 +7,7 @@ without it. Here the same processor class is built without that part: the librar
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import ProcessorMixin
@@ -23,6 +24,11 @@ class _WithoutVideos:
 
     video_section: dict[str, Any] | None = None
 
+    @property
+    def video_processor(self) -> Any:
+        """The settings of the missing part: SmolVLM's chat template looks up two of them even where there is no video."""
+        return SimpleNamespace(**{"num_frames": None, "fps": None} | (self.video_section or {}))
+
     @classmethod
     def get_attributes(cls) -> list[str]:
         # The library loads, checks and saves exactly the parts named here.
@@ -31,7 +37,7 @@ class _WithoutVideos:
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         settings = dict(processor_dict)
-        section = settings.pop("video_processor", None)
+        section, settings["video_processor"] = settings.get("video_processor"), None  # SmolVLM's constructor demands one
         loaded: Any = super().from_args_and_dict(args, settings, **kwargs)  # type: ignore[misc]
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
         processor.video_section = section
@@ -51,8 +57,8 @@ class _WithoutVideos:
 def without_videos(stock: type[ProcessorMixin]) -> type[Any]:
     """The processor class `stock` without its video part: `cls(image_processor=..., tokenizer=..., chat_template=...)`.
 
-    It carries the name of `stock`, because saved files name their class. `video_section` of an instance (a dict or None) is written to
-    `processor_config.json` as the section `video_processor`. Videos in a call raise RotateKError.
+    Some classes want `video_processor=None` said. It carries the name of `stock`, because saved files name their class. `video_section`
+    of an instance (a dict or None) is written to `processor_config.json` as its section `video_processor`. Videos raise RotateKError.
 
     Raises:
         RotateKError: the class has other parts than image processor, tokenizer and video processor.
@@ -91,3 +97,50 @@ def _stock_class(location: str | Path, **arguments: Any) -> type[ProcessorMixin]
             break
     stock = getattr(transformers, name, None) if isinstance(name, str) else None
     return stock if isinstance(stock, type) and issubclass(stock, ProcessorMixin) else None
+
+
+class TextProcessor:
+    """The tokenizer of a text-only model with the calls that processors of vision models have; everything else is the tokenizer's.
+
+    Messages are as for a processor: their content is text, or a list of parts of which all are text. A model without a chat template
+    (a base model) is given the text of its messages as it stands.
+    """
+
+    image_processor = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "tokenizer":  # asked for before __init__ when unpickled
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: Any = None, images: Any = None, videos: Any = None, **kwargs: Any) -> Any:
+        """As the tokenizer's call.
+
+        Raises:
+            RotateKError: images or videos were passed.
+        """
+        if images or videos:
+            raise RotateKError("this is a text-only model: it reads no images and no videos; leave them out")
+        return self.tokenizer(text, **kwargs)
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """As the tokenizer's, with content in parts allowed.
+
+        Raises:
+            RotateKError: a part that is no text.
+        """
+        messages = [{**message, "content": _text_of(message["content"])} for message in conversation]
+        if self.tokenizer.chat_template is None and not kwargs.get("tokenize", True):
+            return "".join(message["content"] for message in messages)
+        return self.tokenizer.apply_chat_template(messages, **kwargs)
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if other := sorted({str(part.get("type")) for part in content} - {"text"}):
+        raise RotateKError(f"this is a text-only model: it reads no {' and no '.join(other)}; leave it out")
+    return "".join(part["text"] for part in content)

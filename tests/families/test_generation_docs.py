@@ -1,0 +1,56 @@
+"""Every example of docs/generation.md runs: Python blocks one after another, commands through their entry points."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
+ABSENT = ("needs the package av", "takes no videos", "does not exist")  # what a machine, or this model, may lack
+
+
+@pytest.fixture
+def here(compiled, data_file, tmp_path, monkeypatch):
+    """A folder with the files that the page names."""
+    (tmp_path / "artifact").symlink_to(compiled)
+    (tmp_path / "page1.png").symlink_to(data_file.parent / "page1.png")
+    (tmp_path / "frames").mkdir()
+    for number in range(3):
+        (tmp_path / "frames" / f"{number}.png").symlink_to(data_file.parent / "page1.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_python(here, compiled):
+    from PIL import Image
+
+    from rotatek_compile.answer import model_inputs
+    from rotatek_compile.api import load_base
+    from rotatek_compile.artifact import read_artifact
+
+    model, processor = load_base(read_artifact(compiled), device="cpu")
+    model.generation_config.max_new_tokens = 3
+    names = {"model": model, "processor": processor, "inputs": model_inputs(processor, [Image.open("page1.png")], "What is it?")}
+    assert len(blocks("python")) == 3
+    for block in blocks("python"):
+        if not hasattr(model, "_supports_mm_encoder_outputs"):
+            block = "\n".join(line for line in block.splitlines() if "prefill_chunk_size" not in line)
+        exec(compile(block, str(PAGE), "exec"), names)  # noqa: S102 - our own page
+
+
+def test_commands(here, cli):
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        ended = cli(words[0].removeprefix("rotatek-"), *words[1:], "--device", "cpu", "--max-new-tokens", 3)
+        if ended.code:
+            assert any(reason in ended.sentence() for reason in ABSENT), ended.err
+        else:
+            assert "KV cache" in ended.out

@@ -1,0 +1,96 @@
+"""Families x modes: at keep ratio 1 every cell is the stock model, tokens and logits; below, the two torch backends agree.
+
+`benchmarks/print_matrix.py` runs this file and prints the table of docs/generation.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+
+from builders import BUILDERS, TEXT_ONLY, VISION, missing  # noqa: E402
+from modes import MODES, Output, Subject, Unfit  # noqa: E402
+
+from rotatek_compile.artifact import Artifact, Method  # noqa: E402
+from rotatek_compile.bases import calibrated_basis  # noqa: E402
+from rotatek_compile.geometry import Geometry, geometry_of  # noqa: E402
+from rotatek_compile.runtime.cache import RotateKCache, RotateKLayer  # noqa: E402
+from rotatek_compile.runtime.enable import enable  # noqa: E402
+
+FULL, HALF = 32, 16
+_subjects: dict[str, Subject] = {}
+
+
+def subject(name: str) -> Subject:
+    if name not in _subjects:
+        _subjects.clear()  # one family at a time is alive
+        model, processor = BUILDERS[name]()
+        _subjects[name] = Subject(name, model.float().eval(), processor, name in VISION)
+    return _subjects[name]
+
+
+def artifact(shape: Geometry, rank: int, span: str) -> Artifact:
+    """Random bases; text models have nothing but text to code."""
+    method = Method(span=span, window=8, fallback_factor=0.0)
+    generator, tensors = torch.Generator().manual_seed(7), {}
+    for i in shape.compressible:
+        heads, dim = shape.layers[i].kv_heads, shape.layers[i].head_dim
+        for kind in method.kinds:
+            a, b = torch.randn(2, heads, dim, dim, generator=generator)
+            made = calibrated_basis("two-sided", a @ a.mT / dim, b @ b.mT / dim)
+            tensors[f"layers.{i}.{kind}.key_mean"] = torch.randn(heads, dim, generator=generator)
+            tensors[f"layers.{i}.{kind}.key_encode"] = made.encode.float()
+            tensors[f"layers.{i}.{kind}.key_spectrum"] = made.spectrum.float()
+        tensors[f"layers.{i}.key_rank"] = torch.tensor([rank, max(rank - 8, 8) if rank < dim else rank] * heads, dtype=torch.int32)[:heads]
+    return Artifact(shape, method, tensors, {}, {})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", [*VISION, *TEXT_ONLY])
+@pytest.mark.filterwarnings("ignore")
+def test_cell(family: str, mode: str) -> None:
+    """Named `family-mode`; a skip says why there is no such cell."""
+    if package := missing(family):
+        pytest.skip(f"its processor needs {package}")
+    s, run = subject(family), MODES[mode]
+    span = "visual" if s.sees else "all"
+    shape = geometry_of(s.model.config)
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        try:
+            stock = run(s)
+        except Unfit as reason:
+            pytest.skip(str(reason))
+        except Exception as error:  # the same call without us
+            pytest.skip(f"the stock model cannot: {type(error).__name__}: {error}".splitlines()[0])
+        outputs: list[Output] = []
+        for rank, backend in ((FULL, "torch"), (HALF, "torch"), (HALF, "reconstruct")):
+            with enable(s.model, artifact(shape, rank, span), backend=backend):
+                outputs.append(run(s))
+    full, compressed, rebuilt = outputs
+    equal(full, stock)
+    equal(compressed, rebuilt)
+    if compressed.cache is not None:
+        assert isinstance(compressed.cache, RotateKCache)
+        layers = [layer for layer in compressed.cache.layers if isinstance(layer, RotateKLayer)]
+        assert all(layer.store.coded_tokens() for layer in layers) or not s.sees
+        if mode == "video":
+            assert [len(set(layer.store.table[0, 0, :, 2])) for layer in layers] == [1] * len(layers)  # one segment per clip
+
+
+def equal(one: Output, other: Output) -> None:
+    """Same tokens, logits within 1e-4 where those of different tokens differ by far more."""
+    if one.logits is None:
+        assert one.tokens == other.tokens
+        return
+    assert torch.equal(one.tokens, other.tokens)
+    assert other.logits.std() > 0.1
+    # dropped tokens are -inf in both
+    finite = torch.isfinite(other.logits)
+    assert torch.equal(finite, torch.isfinite(one.logits))
+    assert (one.logits - other.logits)[finite].abs().max() <= 1e-4
