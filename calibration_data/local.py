@@ -1,4 +1,4 @@
-"""Local data: parquet, JSONL or CSV with columns `question`, `answers` or `answer`, and `image` or `images`."""
+"""Local data: parquet, JSONL or CSV with columns `question`, `answers` or `answer`, and `image` or `images`; paths beside the file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 from PIL import Image
 
 from .errors import DataError
+from .quiet import quiet_datasets
 from .sample import Sample
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+IMAGE_COLUMNS = ("images", "image", "file_name")  # the last as in the metadata.jsonl of a `datasets` image folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class LocalData:
             raise DataError(f"{where}: the question is {question!r}, expected text; remove the row or fill it in")
         answers = row["answers"] if row.get("answers") is not None else row.get("answer")
         answers = [answers] if isinstance(answers, (str, int, float)) else list(answers or [])
-        images = row["images"] if row.get("images") is not None else row.get("image")
+        images = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), None)
         images = list(images) if isinstance(images, (list, tuple)) else [images] if images is not None else []
         opened = tuple(self._image(where, image) for image in images)
         # pictures lie outside the data file, so its digest does not cover them; the id does
@@ -75,8 +77,8 @@ def open_image(source: Any, where: str) -> Image.Image:
         raise DataError(f"{where} does not open as an image ({error}); replace or remove it") from error
 
 
-def open_local(path: Path) -> LocalData:
-    """Open one data file, or a folder that holds some.
+def open_local(path: Path, images: bool = True) -> LocalData:
+    """Open one data file, or a folder that holds some; `images` says whether a column of images is wanted.
 
     Raises:
         DataError: no data file, unreadable, no rows, or columns missing.
@@ -89,25 +91,22 @@ def open_local(path: Path) -> LocalData:
         raise DataError(f"{path} mixes {', '.join(sorted(suffixes))} files; keep one kind in the folder, or pass one file")
     folder = path if path.is_dir() else path.parent
     from datasets import Dataset, Features, load_dataset
-    from datasets.utils import logging
 
-    logging.disable_progress_bar()
-    loudness = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it logs comes back as the error below
     builder = BUILDERS[files[0].suffix]
     try:
         # escaped: datasets takes names for glob patterns
-        rows = load_dataset(builder, data_files=[glob.escape(str(f.resolve())) for f in files], split="train")
+        with quiet_datasets():
+            rows = load_dataset(builder, data_files=[glob.escape(str(f.resolve())) for f in files], split="train")
     except Exception as error:  # its readers raise what their parsers raise, and StopIteration for an empty file
         reason = (str(error.__cause__ or error).splitlines() or ["it is empty"])[0]
         if "corresponds to no data" in reason:
             raise DataError(f"{path} holds no rows; add samples with question, answers and image") from error
         raise DataError(f"{path} could not be read as {builder} ({reason}); check the file") from error
-    finally:
-        logging.set_verbosity(loudness)
     assert isinstance(rows, Dataset)
     columns = set(rows.column_names)
-    wanted = {"question": {"question"}, "answers (or answer)": {"answers", "answer"}, "image (or images)": {"image", "images"}}
+    wanted = {"question": {"question"}, "answers (or answer)": {"answers", "answer"}, "image (or images)": set(IMAGE_COLUMNS)}
+    if not images:
+        del wanted["image (or images)"]  # a text-only model reads rows without
     lacking = [words for words, names in wanted.items() if not names & columns]
     if lacking:
         raise DataError(f"{path} has no column {', '.join(lacking)}; it has {', '.join(sorted(columns)) or 'none'}; rename or add them")

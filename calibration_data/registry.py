@@ -1,16 +1,18 @@
-"""Names of data sets, and one way to open any of them: a bundled generator, or local files."""
+"""Names of data sets, and one way to open any of them: a bundled generator, a known benchmark, any Hub repository, or local files."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from .bundled import SETS, BundledSet
 from .errors import DataError
-from .local import open_local
-from .sample import Sample
+from .hub_data import is_hub_id
+from .hub_source import open_hub, open_known, written
+from .known_sets import KNOWN
+from .local import BUILDERS, open_local
+from .source import DataSource
+
+__all__ = ["DATASETS", "DataSource", "listing", "open_data", "table"]
 
 DATASETS = {
     "forms": "pages of key: value fields; look-up, missing keys, larger of two, which page",
@@ -21,48 +23,67 @@ DATASETS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class DataSource:
-    """A data set opened for reading: `sample(i)` makes or reads one, `size` of them (None: as many as asked for).
+def open_data(name: str, split: str, seed: int = 0, revision: str | None = None, images: bool = True) -> DataSource:
+    """Open a data set.
 
-    `revision` names the content where that is known.
-    """
-
-    name: str
-    split: str
-    revision: str | None
-    size: int | None
-    sample: Callable[[int], Sample]
-
-    def samples(self, count: int) -> Iterator[Sample]:
-        """The first `count` samples, or all there are."""
-        for number in range(count if self.size is None else min(count, self.size)):
-            yield self.sample(number)
-
-    @staticmethod
-    def hash_ids(ids: Sequence[str]) -> str:
-        """Identifies which samples were used, in order."""
-        return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
-
-
-def open_data(name: str, split: str, seed: int = 0) -> DataSource:
-    """Open a data set by name, NAME:SKILL (one skill of a bundled set) or path.
-
-    `split` is `calibration` or `evaluation`; local files have only one and ignore it.
+    Args:
+        name: a bundled set or NAME:SKILL of it, a known benchmark or NAME:SPLIT of it, a path, or a Hub id (ID:CONFIG).
+        split: `calibration` or `evaluation`. Calibration reads train splits only. Local files have only one and ignore it.
+        seed: makes bundled documents, and shuffles what comes from the Hub. Local files are read in their order.
+        revision: branch, tag or commit; for the Hub only.
+        images: local files need a column of images; False for a text-only model.
 
     Raises:
-        DataError: unknown name, missing path, unreadable file or missing columns; for a path it is checked here, before any work.
+        DataError: unknown name, missing path, unreadable file or missing columns; for files and the Hub it is checked here, before
+            any work.
     """
-    bundled, _, skill = name.partition(":")
+    bundled, _, part = name.partition(":")
     if bundled in SETS:
+        _refuse_revision(name, revision, "bundled")
         skills = SETS[bundled][1]
-        if ":" in name and skill not in skills:
+        if ":" in name and part not in skills:
             raise DataError(f"unknown skill in {name!r}; {bundled} has {', '.join(f'{bundled}:{known}' for known in skills)}")
-        return DataSource(name, split, None, None, BundledSet(bundled, split, seed, skill or None).sample)
+        return DataSource(name, split, None, None, BundledSet(bundled, split, seed, part or None).sample)
+    if bundled in KNOWN:
+        return open_known(name, split, seed, revision)
     path = Path(name).expanduser()
     if name.strip() and path.exists():
-        content = open_local(path)
+        _refuse_revision(name, revision, "a local path")
+        content = open_local(path, images)
         return DataSource(str(path), "local", content.digest, len(content.rows), content.sample)
+    if is_hub_id(bundled) and path.suffix not in BUILDERS:
+        return open_hub(name, split, seed, revision, images)
+    choices = ", ".join((*DATASETS, *KNOWN))
     if name.startswith((".", "/", "~")) or path.suffix or "/" in name:
-        raise DataError(f"data path {name} does not exist; check the path, or use one of {', '.join(DATASETS)}")
-    raise DataError(f"unknown data set {name!r}; use one of {', '.join(DATASETS)}, or a path to a .jsonl, .parquet or folder of them")
+        raise DataError(f"data path {name} does not exist; check the path, or use one of {choices}")
+    raise DataError(f"unknown data set {name!r}; use one of {choices}, a Hub id, or a path to a .jsonl, .parquet or folder of them")
+
+
+def listing() -> dict[str, dict[str, str]]:
+    """What `--list-data` shows: what a set is, Hub id and splits for calibration and for evaluation, licence, metric."""
+    made = {"calibration": "generated", "evaluation": "generated", "licence": "apache-2.0", "metric": "exact_match"}
+    shown = {name: {"about": about} | made for name, about in DATASETS.items()}
+    for name, known in KNOWN.items():
+        shown[name] = {
+            "about": known.about,
+            "calibration": f"{written(known.calibration)} {known.calibration.splits[0]}" if known.calibration else "none",
+            "evaluation": f"{written(known.evaluation)} {', '.join(known.evaluation.splits)}",
+            "licence": known.licence,
+            "metric": known.metric,
+        }
+    return shown
+
+
+def table() -> str:
+    """`listing` as lines of columns under a heading."""
+    shown = listing()
+    heads = ("name", *next(iter(shown.values())))
+    rows = [heads, *((name, *row.values()) for name, row in shown.items())]
+    rows = [tuple(row[heads.index(head)] for head in (*heads[:1], *heads[2:], heads[1])) for row in rows]  # the description last
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _refuse_revision(name: str, revision: str | None, kind: str) -> None:
+    if revision is not None:
+        raise DataError(f"a revision ({revision}) is for data on the Hub, but {name} is {kind}; leave it out")

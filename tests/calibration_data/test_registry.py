@@ -47,14 +47,16 @@ def test_hash_depends_on_ids_and_order():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nope", "unknown data set 'nope'; use one of forms, tables, letters, charts, mixed, or a path"),
+        ("nope", "unknown data set 'nope'; use one of forms, tables, letters, charts, mixed, docvqa,"),
         ("nope:field", "unknown data set 'nope:field'"),
         ("forms:nope", "unknown skill in 'forms:nope'; forms has forms:field, forms:missing, forms:larger, forms:page"),
         ("forms:", "unknown skill in 'forms:'"),
         ("", "unknown data set ''"),
         ("no.jsonl", "data path no.jsonl does not exist"),
         ("~/no-such-folder", "data path ~/no-such-folder does not exist"),
-        ("no/such", "data path no/such does not exist"),
+        ("no/such", "no/such is not in the local cache; fetch it with `hf download --repo-type dataset no/such`, or pass a local path"),
+        ("no/such/folder", "data path no/such/folder does not exist"),
+        ("no/such.parquet", "data path no/such.parquet does not exist"),
     ],
 )
 def test_names_that_mean_nothing(name, words):
