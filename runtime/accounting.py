@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache import RotateKLayer
+from .cache_layer import RotateKLayer
 
 DENSE_ITEMSIZE = 2  # sizes are compared at 2 bytes a number, whatever the compute dtype (DESIGN.md §3)
 
@@ -56,20 +56,27 @@ def cache_tensors(cache: Cache) -> list[Tensor]:
 def cache_bytes(cache: Cache, tokens: int | None = None) -> CacheBytes:
     """Count a cache, compressed or stock.
 
+    Padding that a stock cache stores is no loss of the method it stands for: its `total` and `dense` count real tokens. `stored` is what
+    is allocated.
+
     Args:
-        tokens: real tokens over all sequences, for `dense`; by default batch × length, padding included.
+        tokens: real tokens over all sequences; by default what a compressed cache saw, and for a stock one batch × length, because it
+            does not know which of its columns are padding.
     """
     total = CacheBytes()
     for layer in cache.layers:
         if isinstance(layer, RotateKLayer):
             if layer.is_initialized:
                 total += _layer_bytes(layer, tokens)
-        elif isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.numel():
-            stored = storage_bytes([keys, layer.values])
-            numbers = keys.numel() + layer.values.numel()
-            real = tokens if tokens is not None else keys.shape[0] * keys.shape[2]
-            dense = real * keys.shape[1] * (keys.shape[3] + layer.values.shape[3]) * DENSE_ITEMSIZE
-            total += CacheBytes(stored=stored, total=numbers * DENSE_ITEMSIZE, dense=dense)
+            continue
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.numel():
+            stored = storage_bytes([keys, values])
+            columns = keys.shape[0] * keys.shape[2]
+            # a sliding layer holds the newest tokens only, whatever was read
+            real = columns if tokens is None else min(tokens, columns)
+            dense = real * keys.shape[1] * (keys.shape[3] + values.shape[3]) * DENSE_ITEMSIZE
+            total += CacheBytes(stored=stored, total=dense, dense=dense)
     return total
 
 
@@ -88,7 +95,7 @@ def _layer_bytes(layer: RotateKLayer, tokens: int | None) -> CacheBytes:
     tables = storage_bytes([parts[k] for k in ("window_lengths", "table", "splits", "ranges") if k in parts])
     slack = (store.slack_elements() + window_numbers - store.window.used_elements()) * size
     per_token = 2 * store.heads * store.dim * size
-    real = tokens if tokens is not None else store.batch * layer.logical_length
+    real = tokens if tokens is not None else int(layer.real.sum())
     return CacheBytes(
         stored=storage_bytes(layer.tensors()),
         total=span + window + tables,

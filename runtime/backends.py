@@ -40,7 +40,7 @@ class Backend(Protocol):
         """The T new tokens are the newest of the window."""
 
     def extend(self, query: Tensor, view: CacheView, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """The T new tokens are `keys`, `values` [B, Hkv, T, D], not stored yet; mask is transformers' [B, 1, T, past + T] or None."""
+        """The T new tokens are `keys`, `values` [B, Hkv, T, D], not stored yet; mask as in `visible_new`."""
 
 
 class TorchBackend:
@@ -120,12 +120,19 @@ class ReconstructBackend(TorchBackend):
 
 
 def visible_new(mask: Tensor | None, new: int, device: torch.device) -> Tensor:
-    """Which of the T new tokens each new query sees: bool [B or 1, 1, T, T]. transformers leaves the mask out when it is causal.
+    """Which of the T new tokens each new query sees: bool [B or 1, 1, T, T].
+
+    Args:
+        mask: transformers' [B, 1, T, past + T], flash attention's [B, past + T] (1 = real), or None, which means causal.
 
     A row that sees no new token (padding) is let see itself, so that nothing becomes NaN; its output is never read.
     """
     if mask is None:
         return torch.ones(new, new, dtype=torch.bool, device=device).tril()[None, None]
+    if mask.dim() == 2:  # flash attention's: which tokens are real
+        causal = torch.ones(new, new, dtype=torch.bool, device=device).tril()
+        visible = causal & (mask[:, None, None, -new:] != 0)
+        return visible | (torch.eye(new, dtype=torch.bool, device=device) & ~visible.any(-1, keepdim=True))
     visible = mask[..., -new:]
     if visible.dtype != torch.bool:
         visible = visible == 0

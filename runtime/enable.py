@@ -5,54 +5,82 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from ..artifact import Artifact, read_artifact
+from ..artifact import Artifact
 from ..errors import RotateKError
 from ..geometry import geometry_of
+from ..hub import open_artifact
+from ..placement import input_device
 from ..text_attention import set_text_attention
-from .attention import NAME, register
+from .attention import register, release
 from .backends import Backend, choose_backend
 from .cache import RotateKCache
 from .coder import Coder
+from .media import ENCODERS, CallState, encoded_lengths, lengths_of
 from .prepared import PreparedArtifact
-from .segments import read_step
+from .segments import read_kinds
+from .tensor_parallel import shard_of
 
 _ACTIVE = "_rotatek_enabled"
-MEDIA = ("pixel_values", "image_embeds", "video_embeds")  # how arguments of `forward` that carry images begin
+MEDIA = ("pixel_values", "image_embeds", "video_embeds", "mm_encoder_outputs")  # how arguments of `forward` that carry images begin
+_call: ContextVar[CallState | None] = ContextVar("rotatek_call", default=None)  # of the forward call this thread is in
 
 
 class enable:  # noqa: N801 - used like a function: `with enable(model, artifact): ...`
     """Let `model.generate` (and plain forward calls with a cache of `new_cache()`) use the compressed cache.
 
-    Works as a context manager, or for good until `disable()`. Three things change, all undone: the attention implementation of
-    the text sub-config, the instance's `forward` (to see token kinds) and the instance's `_prepare_cache_for_generation` (to put
-    in a fresh compressed cache when the caller gives none).
+    Works as a context manager, or for good until `disable()`. Four things change, all undone: the attention implementation of
+    the text sub-config, and of the instance `forward` (to see token kinds), `get_image_features` and `get_video_features` (to see
+    where one image ends) and `_prepare_cache_for_generation` (to put in a fresh compressed cache when the caller gives none).
+
+    Tokens that arrive together are attended by the implementation that the model had (sdpa, flash_attention_2, eager, ...).
 
     Args:
-        model: a transformers model whose geometry the artifact was compiled for.
-        artifact: an `Artifact` or the path of one.
+        model: a transformers model whose geometry the artifact was compiled for, quantised or not; a peft model with its adapter too.
+        artifact: an `Artifact`, the directory of one, or `org/name` (`org/name@revision`) of the Hub.
         backend: `auto`, `triton`, `torch` or `reconstruct`.
         fallback: let heads keep more than planned where a segment is unlike the calibration data.
+        keep_ratio, kv_budget: another budget than the artifact's plan, at most one of them: bases nest, so any can be cut from them
+            (`rotatek_compile.replan`).
 
     Raises:
         RotateKError: wrong geometry, an architecture that cannot be plugged into, or a backend that cannot run here.
+        UsageError: a budget that cannot be met.
     """
 
-    def __init__(self, model: nn.Module, artifact: Artifact | str | Path, backend: str = "auto", fallback: bool = True) -> None:
-        self.model = model
-        self.artifact = artifact if isinstance(artifact, Artifact) else read_artifact(artifact)
-        check_model(model, self.artifact)
-        self.backend: Backend = choose_backend(backend, next(model.parameters()).device)
+    def __init__(
+        self,
+        model: nn.Module,
+        artifact: Artifact | str | Path,
+        backend: str = "auto",
+        fallback: bool = True,
+        *,
+        keep_ratio: float | None = None,
+        kv_budget: float | None = None,
+    ) -> None:
+        self.model = unwrapped(model)
+        self.artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
+        check_model(self.model, self.artifact)
+        if keep_ratio is not None or kv_budget is not None:
+            from ..replan import replanned
+
+            self.artifact = replanned(self.artifact, keep_ratio=keep_ratio, kv_budget=kv_budget)
+        self.backend: Backend = choose_backend(backend, input_device(self.model))
         if not fallback:
             self.artifact = _without_fallback(self.artifact)
-        self.prepared = PreparedArtifact(self.artifact)
-        if active(model) is not None:
+        self.prepared = PreparedArtifact(self.artifact, shard_of(self.model, self.artifact.geometry))
+        if active(self.model) is not None:
             raise RotateKError("the compressed cache is already enabled on this model; disable() it first")
+        if adapter := _adapter(model, self.model):
+            words = f"the model carries the adapter {adapter}, which the artifact was not compiled with"
+            warnings.warn(f"{words}: same geometry, other weights; accuracy may differ", stacklevel=2)
         self._install()
 
     def new_cache(self, coder: Coder | None = None) -> RotateKCache:
@@ -61,29 +89,49 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
 
     def _install(self) -> None:
         model = self.model
-        register()
-        self._text = model.config.get_text_config(decoder=True)
-        self._saved_implementation = self._text._attn_implementation
-        set_text_attention(model, NAME)
-        self._saved_attributes = {k: model.__dict__.get(k) for k in ("forward", "_prepare_cache_for_generation")}
-        # instance attributes shadow the class's methods, and deleting them brings those back
-        model.forward = self._wrap_forward(model.forward)  # type: ignore[method-assign]
+        implementation = model.config.get_text_config(decoder=True)._attn_implementation
+        self._implementations = [(config, config._attn_implementation_internal) for config in _configs(model)]
+        self._saved: list[tuple[nn.Module, str, Any]] = []
+        self._name = register(implementation)
+        try:
+            set_text_attention(model, self._name)
+        except BaseException:
+            self._restore()
+            raise
+        text = model.config.get_text_config(decoder=True)
+        for config, saved in self._implementations:
+            if config is not text:  # transformers settles open choices of other parts in passing
+                config._attn_implementation_internal = saved
+        self._shadow(model, "forward", self._wrap_forward)
         if hasattr(model, "_prepare_cache_for_generation"):
-            model._prepare_cache_for_generation = self._wrap_prepare(model._prepare_cache_for_generation)
+            self._shadow(model, "_prepare_cache_for_generation", self._wrap_prepare)
+        inner = getattr(model, "base_model", model)
+        for method, kind in ENCODERS.items():
+            if hasattr(inner, method):
+                self._shadow(inner, method, functools.partial(_wrap_encoder, kind=kind))
         setattr(model, _ACTIVE, self)
+
+    def _shadow(self, owner: nn.Module, name: str, wrap: Any) -> None:
+        """Put a wrapped method on the instance: it shadows the class's, and deleting it brings that back."""
+        self._saved.append((owner, name, owner.__dict__.get(name)))
+        setattr(owner, name, wrap(getattr(owner, name)))
+
+    def _restore(self) -> None:
+        for owner, name, value in reversed(self._saved):
+            if value is None:
+                owner.__dict__.pop(name, None)
+            else:
+                setattr(owner, name, value)
+        for config, saved in self._implementations:
+            config._attn_implementation_internal = saved
+        release(self._name)
 
     def disable(self) -> None:
         """Undo everything; harmless when done already."""
-        model = self.model
-        if active(model) is not self:
+        if active(self.model) is not self:
             return
-        for name, value in self._saved_attributes.items():
-            if value is None:
-                model.__dict__.pop(name, None)
-            else:
-                setattr(model, name, value)
-        set_text_attention(model, self._saved_implementation)
-        delattr(model, _ACTIVE)
+        delattr(self.model, _ACTIVE)
+        self._restore()
 
     def __enter__(self) -> enable:
         return self
@@ -92,7 +140,7 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         self.disable()
 
     def _wrap_forward(self, forward: Any) -> Any:
-        visual = self.artifact.geometry.visual_token_ids
+        visual, video = self.artifact.geometry.visual_token_ids, getattr(self.model.config, "video_token_id", None)
         signature = inspect.signature(forward)
 
         @functools.wraps(forward)
@@ -103,16 +151,21 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             if not isinstance(cache, RotateKCache):
                 return forward(*args, **kwargs)
             ids, embeds = bound.get("input_ids"), bound.get("inputs_embeds")
-            shape = tuple(ids.shape) if ids is not None else tuple(embeds.shape[:2])
+            given: Any = ids if ids is not None else embeds
+            shape = (int(given.shape[0]), int(given.shape[1]))
             types = bound.get("mm_token_type_ids", extra.get("mm_token_type_ids"))
             # a continuation without media embeds placeholders as text: prompt lookup proposes such tokens, and crops them again
-            media = any(name.startswith(MEDIA) and value is not None for name, value in {**extra, **bound}.items())
+            media = any(name.startswith(MEDIA) and _given(value) for name, value in {**extra, **bound}.items())
             marked = visual if media or cache.get_seq_length() == 0 else ()
-            cache.state.step = read_step(ids, bound.get("attention_mask"), types, marked, shape)
+            state = cache.state
+            kinds = read_kinds(ids, bound.get("attention_mask"), types, marked, shape, video)
+            state.begin(shape, kinds, lengths_of(bound.get("mm_encoder_outputs", extra.get("mm_encoder_outputs"))))
+            token = _call.set(state)
             try:
                 return forward(*args, **kwargs)
             finally:
-                cache.state.step = None
+                _call.reset(token)
+                state.end()
 
         return with_token_kinds
 
@@ -122,9 +175,74 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             ours = generation_config.use_cache is not False and generation_config.cache_implementation is None
             if ours and model_kwargs.get("past_key_values") is None:
                 model_kwargs["past_key_values"] = self.new_cache()
+            cache = model_kwargs.get("past_key_values")
+            if isinstance(cache, RotateKCache):
+                raw = any(name.startswith("pixel_values") and _given(value) for name, value in model_kwargs.items())
+                if raw and generation_config.prefill_chunk_size is not None:
+                    # transformers 5.17 leaves pictures out of a chunked prefill without a word; 5.23 encodes them before
+                    raise RotateKError(
+                        "this version of transformers reads no pictures in chunks; leave prefill_chunk_size out, or upgrade it"
+                    )
+                cache.expect(lengths_of(model_kwargs.get("mm_encoder_outputs")), chunked=generation_config.prefill_chunk_size is not None)
             return prepare(generation_config, model_kwargs, *args, **kwargs)
 
         return with_compressed_cache
+
+
+def _given(value: Any) -> bool:
+    """Whether an argument carries anything: `generate` passes an empty mapping for prompts without media."""
+    return value is not None and (not isinstance(value, dict) or any(part is not None for part in value.values()))
+
+
+def _wrap_encoder(encode: Any, kind: int) -> Any:
+    @functools.wraps(encode)
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        state = _call.get()
+        if state is None:
+            return encode(*args, **kwargs)
+        token = _call.set(None)  # an encoder that calls another one speaks for it
+        try:
+            out = encode(*args, **kwargs)
+        finally:
+            _call.reset(token)
+        if lengths := encoded_lengths(out, kind):
+            state.announce(kind, lengths)
+        return out
+
+    return announced
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside wrappers that keep it as it is: peft's, and torch.compile's."""
+    while True:
+        if "_orig_mod" in getattr(model, "_modules", {}):
+            model = model._orig_mod
+        elif callable(getattr(type(model), "get_base_model", None)):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _adapter(model: Any, inner: Any) -> str | None:
+    """Name of the adapter in force on a model, if peft put one there."""
+    for one in (model, inner):
+        if getattr(one, "peft_config", None):
+            active_one = getattr(one, "active_adapter", None)
+            return active_one if isinstance(active_one, str) else ", ".join(one.peft_config)
+    return None
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """Every config of a model once: its own, nested ones, and those its parts hold."""
+    waiting = [model.config, *(part.config for part in model.modules() if hasattr(part, "_can_set_attn_implementation"))]
+    seen: set[int] = set()
+    while waiting:
+        config: Any = waiting.pop(0)
+        if id(config) in seen or not hasattr(config, "_attn_implementation_internal"):
+            continue
+        seen.add(id(config))
+        yield config
+        waiting += [part for key in config.sub_configs if (part := getattr(config, key, None)) is not None]
 
 
 def active(model: nn.Module) -> enable | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..artifact import Artifact, Method
+from ..errors import RotateKError
 from ..geometry import LayerGeometry
 from .coder import Coder
+from .tensor_parallel import Shard
 
 
 def balance(energy: Tensor) -> Tensor:
@@ -57,10 +59,13 @@ class PreparedLayer:
 
 
 class PreparedArtifact:
-    """Lazily prepares layers on the device and dtype of the Keys they first meet (accelerate may spread layers)."""
+    """Lazily prepares layers on the device and dtype of the Keys they first meet (accelerate may spread layers).
 
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact = artifact
+    Under tensor parallelism only the KV heads of `shard`: shapes below have their number.
+    """
+
+    def __init__(self, artifact: Artifact, shard: Shard | None = None) -> None:
+        self.artifact, self.shard = artifact, shard or Shard()
         self._layers: dict[tuple[int, torch.device, torch.dtype], PreparedLayer] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> PreparedArtifact:
@@ -84,6 +89,8 @@ class PreparedArtifact:
 
     def plain_layer(self, index: int) -> PreparedLayer:
         """What a layer needs that a rival codes: geometry and window, no bases."""
+        if self.shard.size > 1:
+            raise RotateKError("rivals need all heads in one process; load the model without tensor parallelism to compare them")
         return PreparedLayer(self.artifact.geometry.layers[index], (), {}, self.artifact.method)
 
     def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> PreparedLayer:
@@ -94,14 +101,16 @@ class PreparedArtifact:
 
     def _prepare(self, index: int, device: torch.device, dtype: torch.dtype) -> PreparedLayer:
         artifact = self.artifact
-        ranks = tuple(artifact.ranks()[index])
+        geometry = artifact.geometry.layers[index]
+        own = self.shard.heads(geometry.kv_heads)
+        ranks = tuple(artifact.ranks()[index][own])
         kinds = {}
         for kind in artifact.method.kinds:
             prefix = f"layers.{index}.{kind}.key"
-            encode = artifact.tensors[f"{prefix}_encode"].double()
+            encode = artifact.tensors[f"{prefix}_encode"][own].double()
             # made here, not stored: exactly the inverse of what was stored (DESIGN.md §5)
             decode = torch.linalg.inv(encode).mT
-            spectrum = artifact.tensors[f"{prefix}_spectrum"].float()
+            spectrum = artifact.tensors[f"{prefix}_spectrum"][own].float()
             scale = balance(spectrum)
             balanced = decode / scale.unsqueeze(-2)
             parts = [balanced[h, :, :rank].reshape(-1) for h, rank in enumerate(ranks)]
@@ -111,9 +120,10 @@ class PreparedArtifact:
                 encode=encode.to(device, torch.float32),
                 decode=decode.to(device, torch.float32),
                 spectrum=spectrum.to(device),
-                mean=artifact.tensors[f"{prefix}_mean"].to(device, torch.float32),
+                mean=artifact.tensors[f"{prefix}_mean"][own].to(device, torch.float32),
                 scale=scale.to(device, torch.float32),
                 shared=torch.cat(parts).to(device, dtype),
                 offsets=np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64),
             )
-        return PreparedLayer(artifact.geometry.layers[index], ranks, kinds, artifact.method)
+        local = replace(geometry, query_heads=geometry.query_heads // self.shard.size, kv_heads=geometry.kv_heads // self.shard.size)
+        return PreparedLayer(local, ranks, kinds, artifact.method)

@@ -1,24 +1,28 @@
-"""Which tokens of a forward call are what: runs of text and of one image each, per row, padding left out."""
+"""Which tokens of a forward call are what: runs of text and of one image or clip each, per row, padding left out."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PAD, TEXT, VISUAL = -1, 0, 1
+PAD, TEXT, IMAGE, VIDEO = -1, 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Columns [start, end) of one row of the call, all of one kind (TEXT or VISUAL)."""
+    """Columns [start, end) of one row of the call, all of one kind. `medium` numbers the call's images and clips; -1 for text.
+
+    A clip may have several runs: some models write the time between its frames.
+    """
 
     start: int
     end: int
     kind: int
+    medium: int = -1
 
     @property
     def length(self) -> int:
@@ -27,11 +31,17 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward call: `rows[b]` lists the runs of row b, in order. Padding belongs to no run."""
+    """One forward call: `rows[b]` lists the runs of row b, in order. Padding belongs to no run.
+
+    going_on: rows in which an earlier call left an image or clip incomplete, and this one does not end it before its first token.
+    unfinished: rows whose last image or clip goes on in a later call.
+    """
 
     batch: int
     length: int
     rows: tuple[tuple[Run, ...], ...]
+    going_on: frozenset[int] = field(default_factory=frozenset)
+    unfinished: frozenset[int] = field(default_factory=frozenset)
 
     @property
     def plain_text(self) -> bool:
@@ -45,8 +55,23 @@ class Step:
 
     def text_columns(self, row: int) -> np.ndarray:
         """Columns of this row's text tokens, in order."""
-        parts = [np.arange(run.start, run.end) for run in self.rows[row] if run.kind == TEXT]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        return _columns([run for run in self.rows[row] if run.kind == TEXT])
+
+    def media(self, row: int) -> list[np.ndarray]:
+        """Columns of each image or clip of this row, in order."""
+        runs: dict[int, list[Run]] = {}
+        for run in self.rows[row]:
+            if run.kind > TEXT:
+                runs.setdefault(run.medium, []).append(run)
+        return [_columns(parts) for parts in runs.values()]
+
+    def tokens(self, row: int) -> int:
+        """Real tokens of this row."""
+        return sum(run.length for run in self.rows[row])
+
+
+def _columns(runs: list[Run]) -> np.ndarray:
+    return np.concatenate([np.arange(run.start, run.end) for run in runs]) if runs else np.zeros(0, dtype=np.int64)
 
 
 def plain_step(batch: int, length: int) -> Step:
@@ -55,52 +80,65 @@ def plain_step(batch: int, length: int) -> Step:
     return Step(batch, length, (row,) * batch)
 
 
-def runs_of(kinds: np.ndarray) -> tuple[Run, ...]:
-    """Maximal runs of equal kind in one row [T], padding (-1) left out.
+def runs_of(kinds: np.ndarray, media: np.ndarray | None = None) -> tuple[Run, ...]:
+    """Maximal runs of equal kind and medium in one row, padding (-1) left out.
 
-    Two images with no token between them form one run: they then share a mean and a basis, which costs a little accuracy and
-    no correctness.
+    Args:
+        kinds: [T].
+        media: number of the image or clip of each token [T]; by default every run is one of its own, and two images with no token
+            between them are one: they then share a mean and a basis, which costs a little accuracy and no correctness.
     """
     if kinds.size == 0:
         return ()
-    edges = np.flatnonzero(np.diff(kinds)) + 1
-    bounds = [0, *edges.tolist(), kinds.size]
-    return tuple(Run(a, b, int(kinds[a])) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if kinds[a] != PAD)
+    changes = np.diff(kinds) != 0
+    if media is not None:
+        changes |= np.diff(media) != 0
+    bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), kinds.size]
+    runs = []
+    for number, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        kind = int(kinds[a])
+        if kind != PAD:
+            runs.append(Run(a, b, kind, -1 if kind == TEXT else number if media is None else int(media[a])))
+    return tuple(runs)
 
 
-def read_step(
+def read_kinds(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
     visual_token_ids: tuple[int, ...],
     shape: tuple[int, int],
-) -> Step:
-    """Token kinds of a call of `shape` (B, T) as a `Step`.
+    video_token_id: int | None = None,
+) -> np.ndarray | None:
+    """Token kinds int8 [B, T] of a call of `shape` (B, T); None where all are text and nothing is padding.
 
     Args:
         input_ids: [B, T] or None when the caller passed embeddings; then only `token_type_ids` can tell images.
         attention_mask: 2-D [B, past + T] (1 = real) or None; other shapes say nothing about padding here.
-        token_type_ids: `mm_token_type_ids` [B, T], 0 text, 1 image, 2 video; wins over ids when given.
-        visual_token_ids: ids of image and video placeholder tokens.
+        token_type_ids: `mm_token_type_ids` [B, T] or [B, past + T], 0 text, 1 image, 2 video; wins over ids when given.
+        visual_token_ids: ids of image and video placeholder tokens; `video_token_id` says which of them means video.
     """
     batch, length = shape
     padding = None
+    whole = length
     if attention_mask is not None and attention_mask.dim() == 2:
         real = attention_mask[:, -length:] != 0
+        whole = attention_mask.shape[1]
         if not bool(real.all()):
             padding = ~real
     if length == 1 and padding is None:
-        return plain_step(batch, length)  # a generated token is text, whatever its id
-    if token_type_ids is not None and token_type_ids.shape == (batch, length):
-        visual = (token_type_ids == 1) | (token_type_ids == 2)
+        return None  # a generated token is text, whatever its id
+    if token_type_ids is not None and token_type_ids.shape in ((batch, length), (batch, whole)):
+        types = token_type_ids[:, -length:]
+        kinds = torch.where((types == IMAGE) | (types == VIDEO), types, TEXT)
     elif input_ids is not None:
-        visual = torch.zeros_like(input_ids, dtype=torch.bool)
+        kinds = torch.zeros_like(input_ids)
         for token_id in visual_token_ids:
-            visual |= input_ids == token_id
+            kinds[input_ids == token_id] = VIDEO if token_id == video_token_id else IMAGE
     else:
         warnings.warn("inputs_embeds came without input_ids or mm_token_type_ids: all tokens count as text", stacklevel=3)
-        visual = torch.zeros(shape, dtype=torch.bool)
-    kinds = visual.to("cpu", torch.int8).numpy()
+        kinds = torch.zeros(shape, dtype=torch.int64)
+    found = kinds.to("cpu", torch.int8).numpy()
     if padding is not None:
-        kinds = np.where(padding.cpu().numpy(), np.int8(PAD), kinds)
-    return Step(batch, length, tuple(runs_of(row) for row in kinds))
+        found = np.where(padding.cpu().numpy(), np.int8(PAD), found)
+    return found if (found != TEXT).any() else None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.codes import pack, pool_elements
+from ..kernels.codes import pack, pool_elements, unpack
 from ..kernels.table import (
     BASIS_OFFSET,
     BASIS_STRIDE,
@@ -25,15 +25,14 @@ from ..kernels.table import (
     plan_splits,
     programs_for,
 )
+from .merging import compact, entry_slices, merge_text
 from .online import HeadCode
 from .prepared import KindBasis
 from .window import Window
 
-MERGE_AT = 8  # retired text blocks of one row are merged when there are this many
-
 
 class Store:
-    """Segments and window of one layer for B sequences. Grows by whole segments; nothing in the pools ever moves but by `_merge_text`.
+    """Segments and window of one layer for B sequences. Grows by whole segments; nothing in the pools ever moves but by merging.py.
 
     Args:
         batch, heads, dim: B, Hkv, D.
@@ -49,10 +48,12 @@ class Store:
         self.table = np.zeros((batch, heads, 0, FIELDS), dtype=np.int64)
         self.table_on_device: Tensor | None = None
         self.fallback = np.zeros((batch, heads), dtype=np.int64)  # segments that needed more than the plan
+        self.held: list[list[int]] = [[] for _ in range(batch)]  # per row the table places of an image that is not complete yet, raw
         self.window = Window(batch, heads, dim, dtype, device)
         self._places: dict[str, int] = {}  # token kind -> start of its calibrated basis in `bases`
         self._mean_places: dict[str, int] = {}  # likewise for calibrated means
         self._pending: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._released = False  # pool ranges lost their owner since the last flush
         self._view: CacheView | None = None
 
     def _empty(self, *shape: int) -> Tensor:
@@ -64,8 +65,8 @@ class Store:
 
     # -- segments -------------------------------------------------------------------------------------------------------------
 
-    def add_coded(self, row: int, keys: Tensor, values: Tensor, mean: Tensor, codes: list[HeadCode], basis: KindBasis) -> None:
-        """Store one coded segment of one row: keys fp32 [Hkv, S, D], values [Hkv, S, D], mean fp32 [Hkv, D]."""
+    def add_coded(self, row: int, keys: Tensor, values: Tensor, mean: Tensor, codes: list[HeadCode], basis: KindBasis) -> int:
+        """Store one coded segment of one row: keys fp32 [Hkv, S, D], values [Hkv, S, D], mean fp32 [Hkv, D]. Returns its place."""
         centred = keys - mean.unsqueeze(1)
         packed = [(centred[h] @ code.encode).to(self.dtype) for h, code in enumerate(codes)]
         entry = np.zeros((self.heads, FIELDS), dtype=np.int64)
@@ -75,7 +76,7 @@ class Store:
         self.means = torch.cat([self.means, mean.reshape(-1)])
         entry[:, BASIS_OFFSET] = self._place_bases(codes, basis)
         self.fallback[row] += [code.fallback for code in codes]
-        self._add(row, entry, packed, values)
+        return self._add(row, entry, packed, values)
 
     def add_shared(self, row: int, keys: Tensor, values: Tensor, basis: KindBasis, ranks: tuple[int, ...]) -> None:
         """As `add_coded` with the calibrated mean and basis, so that later blocks can be merged into one segment."""
@@ -88,34 +89,74 @@ class Store:
         entry[:, BASIS_OFFSET] = self._shared_offset(basis) + basis.offsets
         self._add(row, entry, packed, values)
 
-    def add_dense(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Store raw tokens [Hkv, S, D] as a dense segment of one row."""
+    def add_dense(self, row: int, keys: Tensor, values: Tensor) -> int:
+        """Store raw tokens [Hkv, S, D] as a dense segment of one row. Returns its place in the table."""
         entry = np.zeros((self.heads, FIELDS), dtype=np.int64)
         entry[:, KIND], entry[:, LENGTH] = int(Kind.DENSE), keys.shape[1]
-        self._add(row, entry, list(keys.to(self.dtype)), values)
+        return self._add(row, entry, list(keys.to(self.dtype)), values)
 
-    def _add(self, row: int, entry: np.ndarray, keys: list[Tensor], values: Tensor) -> None:
+    def hold(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Store a piece [Hkv, S, D] of an image that is not complete yet, raw."""
+        self.held[row].append(self.add_dense(row, keys, values))
+
+    def held_key(self, row: int) -> tuple[int, ...]:
+        """Identifies what a row holds; rows that share it (beams) have the same. Empty if it holds nothing."""
+        return tuple(int(self.table[row, 0, place, VALUE_OFFSET]) for place in self.held[row])
+
+    def take_held(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and Values [Hkv, S, D] of the pieces a row holds, in order; they are gone from the row afterwards."""
+        parts = []
+        for place in self.held[row]:
+            heads = []
+            for entry in self.table[row, :, place]:
+                length, (key, value) = int(entry[LENGTH]), entry_slices(entry, self.dim)
+                heads.append((unpack(self.keys[key], length, self.dim), unpack(self.values[value], length, self.dim)))
+            parts.append([torch.stack(side) for side in zip(*heads, strict=True)])
+        keys, values = (torch.cat(side, 1) for side in zip(*parts, strict=True))
+        self.drop_held(row)
+        return keys, values
+
+    def drop_held(self, row: int) -> None:
+        """Forget the pieces a row holds."""
+        self.table[row, :, self.held[row]] = 0
+        self.held[row] = []
+        self._released = True
+
+    def share(self, row: int, owner: int, place: int) -> None:
+        """Give a row a segment of another one; both name the same pool ranges from now on."""
+        self._place(row, self.table[owner, :, place].copy())
+
+    def _add(self, row: int, entry: np.ndarray, keys: list[Tensor], values: Tensor) -> int:
         key_start = self.keys.numel() + sum(part.numel() for parts, _ in self._pending for part in parts)
         value_start = self.values.numel() + sum(part.numel() for _, parts in self._pending for part in parts)
         key_parts, value_parts = [pack(k) for k in keys], [pack(v.to(self.dtype)) for v in values]
         entry[:, KEY_OFFSET] = key_start + np.cumsum([0, *(part.numel() for part in key_parts[:-1])])
         entry[:, VALUE_OFFSET] = value_start + np.cumsum([0, *(part.numel() for part in value_parts[:-1])])
         self._pending.append((key_parts, value_parts))
+        return self._place(row, entry)
+
+    def _place(self, row: int, entry: np.ndarray) -> int:
         free = np.flatnonzero(self.table[row, 0, :, KIND] == Kind.EMPTY)
         if not free.size:
             self.table = np.concatenate([self.table, np.zeros_like(self.table, shape=(self.batch, self.heads, 1, FIELDS))], axis=2)
             free = np.array([self.table.shape[2] - 1])
         self.table[row, :, free[0]] = entry
+        return int(free[0])
 
     def flush(self) -> None:
         """Move added segments into the pools; call once after a batch of `add_*`."""
+        changed = bool(self._pending) or self._released
         if self._pending:
             keys = [self.keys, *(part for parts, _ in self._pending for part in parts)]
             values = [self.values, *(part for _, parts in self._pending for part in parts)]
             self._pending.clear()
-            self._set_pools(keys, values)
+            self.set_pools(keys, values)
             del keys, values
-            self._merge_text()
+        if self._released:
+            self._released = False
+            compact(self)
+        if changed:
+            merge_text(self)
         self.table_on_device = None
         self._view = None
 
@@ -152,79 +193,7 @@ class Store:
             self.means = torch.cat([self.means, basis.mean.reshape(-1)])
         return self._mean_places[basis.kind]
 
-    def _merge_text(self) -> None:
-        """Join a row's like segments of whole blocks (same kind, basis, mean) once there are `MERGE_AT` of them.
-
-        Retired text arrives in blocks of 64 tokens; without this the table would grow by one segment per block.
-        """
-        same = [KIND, RANK, BASIS_OFFSET, BASIS_STRIDE, MEAN_OFFSET]
-        joined: dict[bytes, np.ndarray] = {}  # rows that share blocks (beams) go on sharing what becomes of them
-        owners: dict[int, tuple[int, ...]] = {}
-        for row, place in zip(*np.nonzero(self.table[:, 0, :, KIND] != Kind.EMPTY), strict=True):
-            offset = int(self.table[row, 0, place, VALUE_OFFSET])
-            owners[offset] = (*owners.get(offset, ()), int(row))
-        for row in range(self.batch):
-            groups: dict[tuple[int, ...], list[int]] = {}
-            for s in range(self.table.shape[2]):
-                head = self.table[row, :, s]
-                if head[0, KIND] != Kind.EMPTY and head[0, LENGTH] % BLOCK == 0:
-                    like = (*head[:, same].reshape(-1).tolist(), *owners[int(head[0, VALUE_OFFSET])])
-                    groups.setdefault(like, []).append(s)
-            for members in groups.values():
-                if len(members) >= MERGE_AT:
-                    blocks = self.table[row][:, members].tobytes()
-                    if blocks not in joined:
-                        joined[blocks] = self._join(row, members)
-                    self.table[row, :, members[0]], self.table[row, :, members[1:]] = joined[blocks], 0
-        if joined:
-            self._compact()
-
-    def _join(self, row: int, members: list[int]) -> np.ndarray:
-        """Copy the members of every head one after another; returns the table entries [Hkv, FIELDS] of what they became."""
-        entries = self.table[row, :, members[0]].copy()
-        key_start, value_start = self.keys.numel(), self.values.numel()
-        key_parts, value_parts = [], []
-        for h in range(self.heads):
-            starts = key_start + sum(map(len, key_parts)), value_start + sum(map(len, value_parts))
-            for s in members:
-                key, value = self._slices(self.table[row, h, s])
-                key_parts.append(self.keys[key])
-                value_parts.append(self.values[value])
-            entry = entries[h]
-            entry[LENGTH] = self.table[row, h, members, LENGTH].sum()
-            entry[KEY_OFFSET], entry[VALUE_OFFSET] = starts
-        self.keys, self.values = torch.cat([self.keys, *key_parts]), torch.cat([self.values, *value_parts])
-        return entries
-
-    def _slices(self, entry: np.ndarray) -> tuple[slice, slice]:
-        """Pool ranges of one table entry."""
-        width = int(entry[RANK]) if entry[KIND] == Kind.CODED else self.dim
-        length = int(entry[LENGTH])
-        key, value = int(entry[KEY_OFFSET]), int(entry[VALUE_OFFSET])
-        return slice(key, key + pool_elements(length, width)), slice(value, value + pool_elements(length, self.dim))
-
-    def _compact(self) -> None:
-        """Drop pool ranges that no table entry names any more; entries that share a range go on sharing it."""
-        key_parts: dict[slice | tuple[int, int], int] = {}
-        keys, values = [], []
-        key_end = value_end = 0
-        value_parts: dict[tuple[int, int], int] = {}
-        for entry in self.table.reshape(-1, FIELDS):
-            if entry[KIND] == Kind.EMPTY:
-                continue
-            key, value = self._slices(entry)
-            if (key.start, key.stop) not in key_parts:
-                key_parts[key.start, key.stop] = key_end
-                keys.append(self.keys[key])
-                key_end += key.stop - key.start
-            if (value.start, value.stop) not in value_parts:
-                value_parts[value.start, value.stop] = value_end
-                values.append(self.values[value])
-                value_end += value.stop - value.start
-            entry[KEY_OFFSET], entry[VALUE_OFFSET] = key_parts[key.start, key.stop], value_parts[value.start, value.stop]
-        self._set_pools(keys, values)
-
-    def _set_pools(self, keys: list[Tensor], values: list[Tensor]) -> None:
+    def set_pools(self, keys: list[Tensor], values: list[Tensor]) -> None:
         """Make the pools of these parts. Both lie in one storage: allocators round each storage up, by as much as 1 MB on a GPU."""
         sizes = [sum(part.numel() for part in parts) for parts in (keys, values)]
         self.keys, self.values = torch.cat([*keys, *values, self._empty(0)]).split(sizes)
@@ -235,6 +204,7 @@ class Store:
         """Keep these rows, in this order, repeats allowed (beams): segments stay shared, the window is copied."""
         order = np.asarray(list(rows), dtype=np.int64)
         self.table, self.fallback = self.table[order], self.fallback[order]
+        self.held = [list(self.held[row]) for row in order]
         self.window.select_rows(order)
         self.table_on_device = None
         self._view = None

@@ -50,7 +50,7 @@ def test_layers_attend_over_what_is_rebuilt(model, ragged, geometry, make_artifa
     dense = next_logits(model, make_artifact, ragged, copy.deepcopy(stock), more)
     for layer, ours in zip(stock.layers, cache.layers, strict=True):
         for row, segments in enumerate(ours.spans.rows):
-            images = [run for run in recording.step.rows[row] if run.kind == 1]
+            images = [run for run in recording.step.rows[row] if run.kind > 0]
             for run, segment in zip(images, segments, strict=True):
                 layer.keys[row, :, run.start : run.end], layer.values[row, :, run.start : run.end] = segment.rebuild()
     expected = next_logits(model, make_artifact, ragged, stock, more)
@@ -72,8 +72,8 @@ def test_a_coder_gets_the_segment_and_the_real_queries(model, ragged, make_artif
     with torch.no_grad(), enable(model, make_artifact(), backend="torch"):
         recording = record(model, **ragged)
     lengths = ragged["attention_mask"].sum(1).tolist()
-    images = [(row, run) for row in range(4) for run in recording.step.rows[row] if run.kind == 1]
-    assert len(seen) == 3 * len(images) == 15
+    images = [(row, run) for row in range(4) for run in recording.step.rows[row] if run.kind > 0]
+    assert len(seen) == 3 * len(images) == 18
     for (layer, keys, queries), (row, run) in zip(seen, images * 3, strict=True):
         whole = recording.layers[layer]
         assert torch.equal(keys, whole.keys[row, :, run.start : run.end])
@@ -124,7 +124,7 @@ def test_old_text_stays_raw(model, prompts, make_artifact, generate, check_equal
 def test_bytes(geometry, prefilled, exact_coder):
     cache = prefilled(coder := make_coder("int4", geometry))
     count = cache_bytes(cache)
-    images = [88, 88, 56, 52, 52 + 56]  # two images side by side are one segment
+    images = [88, 88, 56, 52, 52, 56]  # two images side by side are two segments
     assert count.span == 3 * sum(coder.bytes_of(n, 0) for n in images)
     assert count.span_dense == 3 * sum(images) * 2 * 32 * 2 * 2
     assert count.total == count.span + count.window + count.tables
@@ -151,7 +151,7 @@ def test_beams_share_segments(model, ragged, geometry, prefilled, make_artifact)
     cache.reorder_cache(order)
     rows = {name: t[order] for name, t in two.items()}
     assert torch.allclose(next_logits(model, make_artifact, rows, cache, ids[:4]), whole[order], atol=1e-5)
-    assert [len(row) for row in cache.layers[0].spans.rows] == [1, 1, 1, 3]
+    assert [len(row) for row in cache.layers[0].spans.rows] == [2, 1, 1, 3]
 
 
 def test_deepcopied_cache_is_independent_and_shares_segments(model, prompts, ragged, geometry, prefilled, make_artifact):
@@ -200,7 +200,7 @@ def test_parts_own_their_storage(prefilled, exact_coder):
     """Slices of the prefill would keep all of it alive."""
     cache = prefilled(exact_coder)
     parts = [part for layer in cache.layers for part in layer.spans.tensors()]
-    assert len(parts) == 2 * 15
+    assert len(parts) == 2 * 18
     assert all(part.untyped_storage().nbytes() == part.numel() * 4 for part in parts)
     assert {id(part) for part in parts} < {id(part) for part in cache_tensors(cache)}
 
@@ -221,7 +221,7 @@ def test_an_artifact_of_a_rival_makes_its_caches(model, ragged, geometry, make_a
         assert enabled.new_cache(other := make_coder("int4", geometry)).layers[0].coder is other
     assert coder.setting == "3 of 6 heads"  # (32 / 2 + 4) of 64 bytes each, 8 / 512 for the means of others
     assert coder.kept == {0: (False, False), 1: (True, False), 2: (True, True)}
-    assert cache_bytes(cache).span == sum(coder.bytes_of(n, layer) for n in (88, 88, 56, 52, 108) for layer in range(3))
+    assert cache_bytes(cache).span == sum(coder.bytes_of(n, layer) for n in (88, 88, 56, 52, 52, 56) for layer in range(3))
     think = replace(artifact.method, rival="think", kv_budget=None, keep_ratio=0.5)
     with enable(model, replace(artifact, method=think), "torch") as enabled:
         assert enabled.prepared.coder.setting == "16 of 32 channels"

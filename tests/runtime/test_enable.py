@@ -9,6 +9,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.geometry import geometry_of
+from rotatek_compile.runtime.attention import NAME
 from rotatek_compile.runtime.cache import RotateKCache
 from rotatek_compile.runtime.enable import enable
 
@@ -205,7 +206,90 @@ def test_fallback_can_be_switched_off(model, ragged, make_artifact, generate):
         on = generate(model, ragged, 2).cache
     with enable(model, artifact, backend="torch", fallback=False):
         off = generate(model, ragged, 2).cache
-    assert [int(layer.store.fallback.sum()) for layer in on.layers] == [5 * 2] * 3
+    assert [int(layer.store.fallback.sum()) for layer in on.layers] == [6 * 2] * 3
     assert [int(layer.store.fallback.sum()) for layer in off.layers] == [0] * 3
     assert artifact.method.fallback_factor == 1e-6
     assert geometry_of(model.config) == artifact.geometry
+
+
+def everything(model):
+    """What enable() could have changed: attributes of every part, every config, weights, and what is registered with transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    parts = {
+        name: {key: id(value) for key, value in part.__dict__.items() if key not in ("_parameters", "_buffers", "_modules")}
+        for name, part in model.named_modules()
+    }
+    configs = [model.config, model.config.text_config, model.config.vision_config, model.generation_config]
+    registered = [dict(interface._global_mapping) for interface in (AttentionInterface, AttentionMaskInterface)]
+    weights = {name: (tensor.data_ptr(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return parts, [copy.deepcopy(config.__dict__) for config in configs], registered, weights
+
+
+def test_nothing_is_left_behind(make_model, ragged, make_artifact, generate):
+    model = make_model()
+    model.config.vision_config._attn_implementation_internal = None  # transformers settles this in passing
+    generate(model, ragged, 2)
+    before = everything(model)
+    with enable(model, make_artifact(8), backend="torch"):
+        generate(model, ragged, 4)
+        assert all(NAME in registered for registered in everything(model)[2])
+        other = make_model()
+        with enable(other, make_artifact(), backend="torch"):
+            pass
+        generate(model, ragged, 2)  # the other model's end must not take the shared functions away
+    assert everything(model) == before
+
+
+def in_threads(*calls):
+    """Results of calls that ran at the same time."""
+    import threading
+
+    results, start = [None] * len(calls), threading.Barrier(len(calls))
+
+    def run(number, call):
+        start.wait()
+        results[number] = call()
+
+    threads = [threading.Thread(target=run, args=one) for one in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_threads(make_model, model, prompts, make_artifact, generate, check_equal, models):
+    """Two threads with different prompts on one enabled model, or on two: each gets what it gets alone."""
+    owners = [model, make_model(seed=1)] if models == 2 else [model, model]
+    asked = [prompts.batch([[3, prompts.square, 20]]), prompts.batch([[9, prompts.wide, prompts.tall, 30], [12]], seeds=[7, 8])]
+    artifact = make_artifact([[8, 24], [0, 16], [16, 16]])
+    enabled = [enable(owner, artifact, backend="torch") for owner in owners[:models]]
+    try:
+        alone = [generate(owner, inputs, 12) for owner, inputs in zip(owners, asked, strict=True)]
+        for _ in range(3):
+            calls = [lambda owner=owner, inputs=inputs: generate(owner, inputs, 12) for owner, inputs in zip(owners, asked, strict=True)]
+            for got, expected in zip(in_threads(*calls), alone, strict=True):
+                check_equal(got, expected)
+                assert cache_sizes(got.cache) == cache_sizes(expected.cache)
+    finally:
+        for one in enabled:
+            one.disable()
+
+
+def cache_sizes(cache):
+    return [(layer.store.coded_tokens(), layer.logical_length, layer.real.tolist()) for layer in cache.layers]
+
+
+def test_another_budget_for_one_call(model, ragged, make_artifact, generate, check_equal):
+    """Ranks are allocated anew; the artifact itself stays as it is."""
+    stock, artifact = generate(model, ragged, 4), make_artifact(8, allocation="uniform")
+    with enable(model, artifact, backend="torch", keep_ratio=1.0):
+        check_equal(generate(model, ragged, 4), stock)
+    with enable(model, artifact, backend="torch", kv_budget=0.75) as enabled:
+        assert enabled.artifact.ranks() == {i: [16, 16] for i in range(3)}
+        half = generate(model, ragged, 4)
+    with enable(model, make_artifact(16), backend="torch"):
+        check_equal(generate(model, ragged, 4), half)
+    assert artifact.ranks() == {i: [8, 8] for i in range(3)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rotatek_compile.runtime import store as store_module
+from rotatek_compile.runtime import merging
 from rotatek_compile.runtime.enable import enable
 
 SPANS, BASES, BACKENDS = ("visual", "all"), ("two-sided", "pca", "paper"), ("torch", "reconstruct")
@@ -46,7 +46,7 @@ def test_single_rows(model, ragged, prompts, stock, make_artifact, generate, che
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_text_leaves_the_window_and_blocks_merge(model, prompts, make_artifact, generate, check_equal, monkeypatch, span, backend):
-    monkeypatch.setattr(store_module, "MERGE_AT", 3)
+    monkeypatch.setattr(merging, "MERGE_AT", 3)
     inputs = prompts.batch([[5, prompts.square, 30], [12]])
     stock = generate(model, inputs, 230)
     with enable(model, make_artifact(span=span), backend=backend):
@@ -54,7 +54,7 @@ def test_text_leaves_the_window_and_blocks_merge(model, prompts, make_artifact, 
     check_equal(got, stock)
     for layer in got.cache.layers:
         # 264 and 241 text tokens: at least 3 blocks left each row and were joined to one segment of 192 or more
-        lengths = layer.store.table[:, 0, :, store_module.LENGTH]
+        lengths = layer.store.table[:, 0, :, merging.LENGTH]
         assert (lengths >= 192).any(-1).tolist() == [True, True]
         assert lengths.sum(-1).tolist() == [n - w for n, w in zip((5 + 88 + 30 + 229, 12 + 229), layer.store.window.host, strict=True)]
         assert all(32 <= w < 32 + 64 for w in layer.store.window.host)
@@ -77,7 +77,7 @@ def test_eight_blocks_merge(model, prompts, make_artifact, span):
             cache = enabled.new_cache()
             got = read(cache)
     assert (got - stock).abs().max() < 1e-4
-    used = cache.layers[0].store.table[0, 0, :, store_module.LENGTH]
+    used = cache.layers[0].store.table[0, 0, :, merging.LENGTH]
     assert used.max() >= 8 * 64
     assert (used > 0).sum() <= 2 + 7
 
@@ -88,7 +88,7 @@ def test_old_text_of_a_prompt_leaves_in_whole_blocks(model, prompts, make_artifa
         cache = enabled.new_cache()
         model(**prompts.batch([[5, prompts.square, 150], [40]]), past_key_values=cache)
     for layer in cache.layers:
-        lengths = layer.store.table[:, 0, :, store_module.LENGTH]
+        lengths = layer.store.table[:, 0, :, merging.LENGTH]
         assert sorted(lengths[0].tolist()) == [64, 88]
         assert lengths[1].sum() == 0
         assert layer.store.window.host.tolist() == [5 + 150 - 64, 40]

@@ -192,3 +192,10 @@ def test_padding_in_the_middle(model, prompts, make_artifact, question, ranks, b
             if ranks == 32:
                 whole = dict(alone, input_ids=torch.cat([alone["input_ids"], own, last[:1]], 1), attention_mask=None)
                 assert (single[0] - model(**whole).logits[0, -single.shape[1] :]).abs().max() < 1e-4
+
+
+def test_a_second_image_is_coded_too(model, prompts, generate, make_artifact):
+    """Also from transformers 5.23 on, which gives the model encoder outputs in place of pixels."""
+    with enable(model, make_artifact(MIXED), backend="torch"):
+        cache = second_image(model, prompts, generate).cache
+    assert [layer.store.coded_tokens() for layer in cache.layers] == [2 * (88 + 56)] * 3
