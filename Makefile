@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test fuzz kill lint bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/rotatek-compile --model tiny-llava-next --calib mixed --num-samples 24 --output artifacts/demo --overwrite
@@ -12,6 +12,12 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+
+fuzz: $(VENV)/.test
+	$(BIN)/python tools/fuzz_artifact.py --cases 20000
+
+kill: $(VENV)/.test
+	$(BIN)/python tools/kill_compile.py --kills 50
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

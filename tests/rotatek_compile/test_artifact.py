@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rotatek_compile import ArtifactError
+from rotatek_compile import ArtifactError, RotateKError
 from rotatek_compile.artifact import CONFIG_FILE, TENSOR_FILE, read_artifact, write_artifact
 from rotatek_compile.output import atomic_directory
 
@@ -73,13 +73,13 @@ def test_what_was_compiled(compiled):
         (lambda c: [c], "holds a list, expected an object"),
         (lambda c: c.pop("geometry") and None, "section geometry is missing"),
         (lambda c: c.update(geometry=[]), "section geometry is missing"),
-        (lambda c: c["geometry"].pop("layers") and None, "section geometry is damaged"),
-        (lambda c: c["geometry"].update(layers={"0": 1}), "section geometry is damaged"),
-        (lambda c: c["geometry"]["layers"][1].update(head_dim="wide"), "section geometry is damaged"),
-        (lambda c: c["geometry"]["layers"][1].update(head_dim=float("inf")), "section geometry is damaged"),
-        (lambda c: c["geometry"]["layers"][1].update(kv_heads=0), "layer 1 has 4 query heads, 0 KV heads"),
-        (lambda c: c["geometry"]["layers"][1].update(kv_heads=3), "layer 1 has 4 query heads, 3 KV heads"),
-        (lambda c: c["geometry"]["layers"][1].update(head_dim=-8), "head_dim -8, which no model has"),
+        (lambda c: c["geometry"].pop("layers") and None, "section geometry: layers is None, expected a list of 1 to 1024"),
+        (lambda c: c["geometry"].update(layers={"0": 1}), "layers is {'0': 1}, expected a list"),
+        (lambda c: c["geometry"]["layers"][1].update(head_dim="wide"), "layer 1 has head_dim 'wide', expected 1 to 1024"),
+        (lambda c: c["geometry"]["layers"][1].update(head_dim=float("inf")), "is not readable JSON (Infinity is no JSON number)"),
+        (lambda c: c["geometry"]["layers"][1].update(kv_heads=0), "layer 1 has kv_heads 0, expected 1 to 4096"),
+        (lambda c: c["geometry"]["layers"][1].update(kv_heads=3), "layer 1 has 4 query heads and 3 KV heads"),
+        (lambda c: c["geometry"]["layers"][1].update(head_dim=-8), "layer 1 has head_dim -8, expected 1 to 1024"),
         (lambda c: c["geometry"]["layers"][1].update(kv_heads=4), "layers.1.key_rank has shape [2], the geometry wants [4]"),
         (lambda c: [layer.update(layer_type="sliding_attention") for layer in c["geometry"]["layers"]] and None, "no full_attention layer"),
         (lambda c: c.pop("rotatek") and None, "section rotatek is missing"),
@@ -89,20 +89,47 @@ def test_what_was_compiled(compiled):
         (lambda c: c["rotatek"].update(key_bits="4"), "key_bits is '4', which this version cannot run"),
         (lambda c: c["rotatek"].update(window=0), "window is 0"),
         (lambda c: c["rotatek"].update(window="128"), "window is '128'"),
-        (lambda c: c["rotatek"].update(keep_ratio=float("nan")), "keep_ratio is nan"),
+        (lambda c: c["rotatek"].update(keep_ratio=float("nan")), "is not readable JSON (NaN is no JSON number)"),
         (lambda c: c["rotatek"].update(rival=3), "rival is 3"),
         (lambda c: c["rotatek"].update(kv_budget="half"), "kv_budget is 'half'"),
         (lambda c: c["rotatek"].update(kv_budget=0), "kv_budget is 0"),
         (lambda c: c["geometry"].update(position_axes=0), "position_axes is 0"),
-        (lambda c: c["geometry"].update(position_axes="three"), "section geometry is damaged"),
+        (lambda c: c["geometry"].update(position_axes="three"), "position_axes is 'three'"),
         (lambda c: c["rotatek"].update(keep_ratio="0.25"), "keep_ratio is '0.25'"),
         (lambda c: c["rotatek"].update(fallback_factor="8"), "fallback_factor is '8'"),
-        (lambda c: c["rotatek"].update(levels=[float("inf")]), "section rotatek is damaged"),
-        (lambda c: c["rotatek"].update(levels=7), "section rotatek is damaged"),
+        (lambda c: c["rotatek"].update(levels=[1.5]), "levels is [1.5], expected a list of ranks"),
+        (lambda c: c["rotatek"].update(levels=7), "levels is 7, expected a list of ranks"),
         (lambda c: c["rotatek"].update(levels=[0]), "layers.0.sensitivity has shape [2, 2], the geometry wants [2, 1]"),
         (lambda c: c.pop("base_model") and None, "section base_model is missing"),
         (lambda c: c["base_model"].update(id=None), "base_model.id is None, expected text"),
         (lambda c: c["base_model"].update(revision=3), "base_model.revision is 3"),
+        (lambda c: c["base_model"].update(revision="refs/pr/1"), "base_model.revision is 'refs/pr/1', which is no commit, branch or tag"),
+        (lambda c: c["base_model"].update(revision="../main"), "base_model.revision is '../main'"),
+        (
+            lambda c: c["base_model"].update(id="../model", fingerprint=None),
+            "base_model.id is '../model', which is no Hub id like org/name",
+        ),
+        (lambda c: c["base_model"].update(id="/model", fingerprint=None), "base_model.id is '/model', which is no Hub id like org/name"),
+        (lambda c: c["base_model"].update(id="org/na..me", fingerprint=None), "which is no Hub id like org/name"),
+        (lambda c: c["base_model"].update(id="/models/../../x"), "base_model.id is '/models/../../x', a path that goes up again"),
+        (lambda c: c["base_model"].update(id="models/x"), "base_model.id is 'models/x', expected an absolute path"),
+        (lambda c: c["base_model"].update(id=".."), "base_model.id is '..', expected an absolute path"),
+        (lambda c: c["base_model"].update(id="x" * 600), "expected text"),
+        (lambda c: c.update(tool="\x1b[2J"), "holds the text '\\x1b[2J' with control characters"),
+        (lambda c: c.update(libraries=[1]), "section libraries is [1], expected an object"),
+        (lambda c: c["geometry"].update(model_type=7), "model_type is 7"),
+        (lambda c: c["geometry"].update(visual_token_ids=[2.5]), "visual_token_ids is [2.5], expected a list of token ids"),
+        (lambda c: c["geometry"].update(layers=c["geometry"]["layers"] * 400), "expected a list of 1 to 1024"),
+        (lambda c: c["geometry"]["layers"][1].update(head_dim=True), "layer 1 has head_dim True, expected 1 to 1024"),
+        (lambda c: c["geometry"]["layers"][1].update(head_dim=32.5), "layer 1 has head_dim 32.5"),
+        (lambda c: c["geometry"]["layers"][1].update(head_dim=12), "layer 1 has head_dim 12, which is no multiple of 8"),
+        (lambda c: c["geometry"]["layers"][1].update(query_heads=10**9), "layer 1 has query_heads 1000000000, expected 1 to 4096"),
+        (lambda c: c["geometry"]["layers"][1].update(layer_type=None), "layer 1 has layer_type None"),
+        (lambda c: c["rotatek"].update(window=True), "window is True"),
+        (lambda c: c["rotatek"].update(window=10**18), "window is 1000000000000000000"),
+        (lambda c: c["rotatek"].update(keep_ratio=True), "keep_ratio is True"),
+        (lambda c: c["rotatek"].update(prior_tokens=2.5), "prior_tokens is 2.5"),
+        (lambda c: c["rotatek"].update(fallback_factor=1e300), "fallback_factor is 1e+300"),
         (lambda c: c.update(calibration=None), "section calibration is missing"),
         (lambda c: c.pop("files") and None, "section files is missing"),
         (lambda c: c.update(files={}), "was changed after it was written"),
@@ -123,6 +150,87 @@ def test_config_that_is_no_object(broken_artifact, content):
     (broken_artifact / CONFIG_FILE).write_bytes(content)
     words = refused(broken_artifact)
     assert "is not readable JSON" in words or "expected an object" in words
+
+
+def test_twice_the_same_key(broken_artifact):
+    file = broken_artifact / CONFIG_FILE
+    file.write_text(file.read_text().replace('"window"', '"window": 64, "window"'))
+    assert "key 'window' stands twice in one object" in refused(broken_artifact)
+
+
+def test_geometry_that_calls_for_too_much(broken_artifact):
+    """Refused before anything of that size is read or made."""
+    edit_config(broken_artifact, lambda c: [layer.update(query_heads=4096, kv_heads=4096) for layer in c["geometry"]["layers"]] and None)
+    edit_config(broken_artifact, lambda c: [layer.update(head_dim=1024) for layer in c["geometry"]["layers"]] and None)
+    assert "the geometry calls for 103" in refused(broken_artifact)
+
+
+def test_more_tensors_than_the_geometry_calls_for(broken_artifact):
+    edit_tensors(broken_artifact, lambda tensors: tensors.update(extra=torch.zeros(4 << 20)))
+    assert f"{TENSOR_FILE} has " in refused(broken_artifact) and " bytes, at most " in refused(broken_artifact)
+
+
+def test_unknown_tensors_are_left_out_with_a_warning(broken_artifact):
+    edit_tensors(broken_artifact, lambda tensors: tensors.update({"../extra": torch.zeros(1)}))
+    with pytest.warns(UserWarning, match="ignoring unknown tensors ../extra"):
+        assert "../extra" not in read_artifact(broken_artifact).tensors
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"shape":[2,32,32]', '"shape":[2,32,99]', "has shape [2, 32, 99], the geometry wants [2, 32, 32]"),
+        ('"dtype":"F32"', '"dtype":"F64"', "is float64, expected float32"),
+        ('"data_offsets":[0,', '"data_offsets":[8,', "is damaged or truncated"),
+        ('"shape":[2,32,32]', '"shape":[2,32,32],"shape":[2,32,32]', "key 'shape' stands twice"),
+        ('"data_offsets"', '"data_offset_"', "is damaged or truncated (tensor "),
+    ],
+)
+def test_damaged_header(broken_artifact, old, new, words):
+    file = broken_artifact / TENSOR_FILE
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    head = data[8 : 8 + length].decode()
+    assert old in head
+    head = head.replace(old, new).encode()
+    file.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + length :])
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    edit_config(broken_artifact, lambda config: config["files"][TENSOR_FILE].update(sha256=digest))
+    assert words in refused(broken_artifact)
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e33])
+def test_basis_beyond_float32(broken_artifact, scale):
+    edit_tensors(broken_artifact, put(ENCODE, lambda t: torch.eye(32).repeat(2, 1, 1) * scale))
+    assert f"tensor {ENCODE} is not safely invertible (singular values up to 1e+3" in refused(broken_artifact)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSOR_FILE, "report.json"])
+def test_links_out_of_the_directory(broken_artifact, tmp_path, name):
+    (broken_artifact / name).rename(tmp_path / "elsewhere")
+    (broken_artifact / name).symlink_to("../elsewhere")
+    assert f"{name} is a link to " in refused(broken_artifact) and "outside the artifact" in refused(broken_artifact)
+
+
+def test_what_does_not_pass_is_not_written(compiled, tmp_path):
+    artifact = read_artifact(compiled)
+    artifact.tensors[ENCODE][0, 3, 5] = float("nan")
+    with pytest.raises(RotateKError) as error:
+        write_artifact(artifact, tmp_path, "card")
+    said = f"the artifact does not pass its own checks and was not written: {TENSOR_FILE}: tensor {ENCODE} holds NaN or infinity"
+    assert str(error.value).startswith(said)
+    artifact = read_artifact(compiled)
+    artifact.report["plan_kl"] = float("nan")
+    with pytest.raises(RotateKError, match="was not written: report.json is not readable JSON .NaN is no JSON number"):
+        write_artifact(artifact, tmp_path, "card")
+
+
+def test_names_of_data_that_no_terminal_should_see(compiled, tmp_path):
+    """A data set may lie in a folder of any name; what is recorded of it can be printed."""
+    artifact = read_artifact(compiled)
+    artifact.calibration["data"] = "/data/a\x1b[2Jb\udcff"
+    write_artifact(artifact, tmp_path, "card")
+    assert read_artifact(tmp_path).calibration["data"] == "/data/a?[2Jb?"
 
 
 def put(name, value):
@@ -151,8 +259,8 @@ def with_entry(index, value):
         (put("layers.1.key_rank", with_entry(0, 40)), "key_rank is [40, "),
         (put("layers.1.key_rank", with_entry(1, -8)), "allowed are multiples of 8 from 0 to 32"),
         (put("layers.1.key_rank", torch.Tensor.float), "layers.1.key_rank is float32, expected int32"),
-        (put(ENCODE, torch.Tensor.half), f"tensor {ENCODE} is float16, expected float32"),
-        (put(ENCODE, lambda t: t.to(torch.float8_e4m3fn)), f"tensor {ENCODE} is float8_e4m3fn, expected float32"),
+        (put(ENCODE, torch.Tensor.bfloat16), f"tensor {ENCODE} is bfloat16, expected float16"),
+        (put(ENCODE, lambda t: t.to(torch.float8_e4m3fn)), f"tensor {ENCODE} is 'F8_E4M3', expected float16"),
         (put(ENCODE, lambda t: t[:, :, :-1]), f"tensor {ENCODE} has shape [2, 32, 31], the geometry wants [2, 32, 32]"),
         (put("layers.1.knockout", with_entry(0, float("nan"))), "layers.1.knockout holds NaN or infinity"),
         (put("layers.1.knockout", with_entry(1, -0.5)), "layers.1.knockout has a negative entry (-0.5)"),

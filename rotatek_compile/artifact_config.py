@@ -1,0 +1,214 @@
+"""rotatek_config.json: the method an artifact stands for, and the checks of its sections (DESIGN.md §5).
+
+Every number that later decides how much is allocated has a bound here, and every text that is looked up elsewhere a form.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import PurePath
+from typing import Any
+
+from .bases import BASES
+from .errors import ArtifactError
+from .geometry import Geometry
+from .untrusted import shown
+
+FORMAT_VERSION = 1
+SPANS = ("visual", "all")
+ALLOCATIONS = ("allocated", "uniform")
+RANK_STEP = 8
+AGAIN = "compile the artifact again"
+
+# Far above any model, far below what would hurt.
+MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 1024, 4096, 1024
+MAX_TOKENS = 1 << 30
+MAX_LIST = 64  # sensitivity levels, token ids
+MAX_TEXT = 500  # characters of an id, a path or a name
+
+KNOWN = {"format_version", "tool", "base_model", "geometry", "rotatek", "calibration", "libraries", "files"}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What the runtime must know beyond tensors; the section `rotatek` of the config."""
+
+    basis: str = "two-sided"
+    span: str = "visual"
+    window: int = 128  # newest text tokens kept raw
+    keep_ratio: float = 0.25  # fraction of Key directions kept, mean over heads
+    allocation: str = "allocated"
+    key_bits: str = "native"
+    value_bits: str = "native"
+    prior_tokens: int = 256  # n0 of DESIGN.md §4.6: how many tokens the calibrated covariance is worth
+    fallback_factor: float = 8.0  # a head whose discarded energy exceeds this many times the expected one keeps more; 0 turns it off
+    levels: tuple[int, ...] = ()  # ranks at which sensitivities were measured
+    rival: str | None = None  # another method than ours, by its name in runtime/rivals/registry.py
+    kv_budget: float | None = None  # a rival's share of the dense bytes, where it was set by bytes and not by keep_ratio
+    text_only: bool = False  # the model reads no images, so only text is coded
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Token kinds that are coded."""
+        if self.text_only:
+            return ("text",)
+        return ("visual",) if self.span == "visual" else ("visual", "text")
+
+    @property
+    def words(self) -> str:
+        """Method and setting for people."""
+        if self.rival is None:
+            return f"basis {self.basis}, {self.allocation} ranks, keep ratio {self.keep_ratio}"
+        if self.kv_budget is not None:
+            return f"rival method {self.rival}, KV budget {self.kv_budget}"
+        return f"rival method {self.rival}" + (f", keep ratio {self.keep_ratio}" if self.keep_ratio < 1 else "")
+
+
+def check_sections(config: dict[str, Any], where: str) -> None:
+    """Version, unknown keys (a warning) and the sections that are only handed on.
+
+    Args:
+        where: names the file in messages; so in the functions below.
+
+    Raises:
+        ArtifactError: one sentence naming the key, the value seen and what to do.
+    """
+    version = config.get("format_version")
+    if type(version) is not int:
+        raise ArtifactError(f"{where}: format_version is {shown(version)}, not a whole number; {AGAIN}")
+    if version < 1:
+        raise ArtifactError(f"{where}: format_version is {version}, the first one is 1; {AGAIN}")
+    if version > FORMAT_VERSION:
+        raise ArtifactError(f"{where}: format_version {version} is newer than {FORMAT_VERSION}; upgrade rotatek-compile")
+    _warn_unknown(set(config) - KNOWN, where)
+    for section in ("base_model", "calibration", "files"):
+        if not isinstance(config.get(section), dict):
+            raise ArtifactError(f"{where}: section {section} is missing; {AGAIN}")
+    if not isinstance(config.get("libraries", {}), dict):
+        raise ArtifactError(f"{where}: section libraries is {shown(config['libraries'])}, expected an object; {AGAIN}")
+
+
+def check_base_model(base: dict[str, Any], where: str) -> None:
+    """The base is the one thing that an artifact has loaded: a repository of the Hub by its id, or a checkpoint of this machine.
+
+    With a fingerprint it was compiled from files: an absolute path, the alias of a bundled model, or (pushed to the Hub) a bare name that
+    nothing is loaded by. Without one the id must be a Hub id,
+    so that no path can pass for one.
+
+    Raises:
+        ArtifactError: as `check_sections`.
+    """
+    for key, kinds in (("id", (str,)), ("revision", (str, type(None))), ("fingerprint", (str, type(None)))):
+        seen = base.get(key)
+        if not isinstance(seen, kinds) or (isinstance(seen, str) and len(seen) > MAX_TEXT):
+            raise ArtifactError(f"{where}: base_model.{key} is {shown(seen)}, expected text; {AGAIN}")
+    name, revision = base["id"], base.get("revision")
+    path = PurePath(name)
+    if base.get("fingerprint") is None:
+        if not _HUB_ID.fullmatch(name) or ".." in name:
+            raise ArtifactError(f"{where}: base_model.id is {shown(name)}, which is no Hub id like org/name; {AGAIN}, or pass --model")
+    elif path.is_absolute():
+        if ".." in path.parts:
+            raise ArtifactError(f"{where}: base_model.id is {shown(name)}, a path that goes up again; {AGAIN}")
+    elif not name.strip(".") or "/" in name or "\\" in name:
+        raise ArtifactError(f"{where}: base_model.id is {shown(name)}, expected an absolute path or the name of a checkpoint; {AGAIN}")
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision or revision.startswith("refs/")):
+        # refs/pr/N is what anybody may propose to somebody else's repository
+        raise ArtifactError(f"{where}: base_model.revision is {shown(revision)}, which is no commit, branch or tag; {AGAIN}")
+
+
+def read_geometry(data: Any, where: str) -> Geometry:
+    """Section geometry.
+
+    Raises:
+        ArtifactError: as `check_sections`.
+    """
+    where = f"{where}: section geometry"
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{where} is missing; {AGAIN}")
+    layers, ids, kind = data.get("layers"), data.get("visual_token_ids"), data.get("model_type")
+    if not isinstance(kind, str) or len(kind) > MAX_TEXT:
+        raise ArtifactError(f"{where}: model_type is {shown(kind)}, expected a name; {AGAIN}")
+    if not isinstance(ids, list) or len(ids) > MAX_LIST or not all(_whole(i, 0, MAX_TOKENS) for i in ids):
+        raise ArtifactError(f"{where}: visual_token_ids is {shown(ids)}, expected a list of token ids; {AGAIN}")
+    if not _whole(axes := data.get("position_axes", 1), 1, 16):
+        raise ArtifactError(f"{where}: position_axes is {shown(axes)}, expected 1 to 16; {AGAIN}")
+    if not isinstance(layers, list) or not 1 <= len(layers) <= MAX_LAYERS:
+        raise ArtifactError(f"{where}: layers is {shown(layers)}, expected a list of 1 to {MAX_LAYERS}; {AGAIN}")
+    for index, layer in enumerate(layers):
+        _check_layer(layer, f"{where}: layer {index}")
+    geometry = Geometry.from_json(data)
+    if not geometry.compressible:
+        raise ArtifactError(f"{where} lists no full_attention layer; {AGAIN}")
+    for index in geometry.compressible:
+        if (dim := geometry.layers[index].head_dim) % RANK_STEP:
+            raise ArtifactError(f"{where}: layer {index} has head_dim {dim}, which is no multiple of {RANK_STEP}; {AGAIN}")
+    return geometry
+
+
+def _check_layer(layer: Any, where: str) -> None:
+    if not isinstance(layer, dict):
+        raise ArtifactError(f"{where} is {shown(layer)}, expected an object; {AGAIN}")
+    if not isinstance(kind := layer.get("layer_type"), str) or len(kind) > MAX_TEXT:
+        raise ArtifactError(f"{where} has layer_type {shown(kind)}, expected a name; {AGAIN}")
+    for name, most in (("query_heads", MAX_HEADS), ("kv_heads", MAX_HEADS), ("head_dim", MAX_HEAD_DIM)):
+        if not _whole(seen := layer.get(name), 1, most):
+            raise ArtifactError(f"{where} has {name} {shown(seen)}, expected 1 to {most}; {AGAIN}")
+    if layer["query_heads"] % layer["kv_heads"]:
+        heads = f"{layer['query_heads']} query heads and {layer['kv_heads']} KV heads"
+        raise ArtifactError(f"{where} has {heads}, which do not divide; {AGAIN}")
+
+
+def read_method(data: Any, where: str) -> Method:
+    """Section rotatek.
+
+    Raises:
+        ArtifactError: as `check_sections`.
+    """
+    where = f"{where}: section rotatek"
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{where} is missing; {AGAIN}")
+    names = {f.name for f in fields(Method)}
+    _warn_unknown(set(data) - names, where)
+    values = {k: v for k, v in data.items() if k in names}
+    levels = values.get("levels", [])
+    if not isinstance(levels, list) or len(levels) > MAX_LIST or not all(_whole(i, 0, MAX_HEAD_DIM) for i in levels):
+        raise ArtifactError(f"{where}: levels is {shown(levels)}, expected a list of ranks; {AGAIN}")
+    method = Method(**values | {"levels": tuple(levels)})
+    checks = {
+        "basis": method.basis in BASES,
+        "span": method.span in SPANS,
+        "allocation": method.allocation in ALLOCATIONS,
+        "key_bits": method.key_bits == "native",
+        "value_bits": method.value_bits == "native",
+        "window": _whole(method.window, 1, MAX_TOKENS),
+        "keep_ratio": _number(method.keep_ratio) and 0 <= method.keep_ratio <= 1,
+        "prior_tokens": _whole(method.prior_tokens, 0, MAX_TOKENS),
+        "fallback_factor": _number(method.fallback_factor) and 0 <= method.fallback_factor <= 1e9,
+        "rival": method.rival is None or (isinstance(method.rival, str) and len(method.rival) <= MAX_TEXT),
+        "text_only": method.text_only is False or (method.text_only is True and method.span == "all" and method.rival is None),
+        "kv_budget": method.kv_budget is None or (_number(method.kv_budget) and 0 < method.kv_budget <= 1),
+    }
+    for name, good in checks.items():
+        if not good:
+            raise ArtifactError(f"{where}: {name} is {shown(getattr(method, name))}, which this version cannot run; {AGAIN}")
+    return method
+
+
+def _warn_unknown(keys: set[str], where: str) -> None:
+    if keys:
+        few = sorted(keys)[:8]
+        more = f" and {len(keys) - len(few)} more" if len(keys) > len(few) else ""
+        warnings.warn(f"{where}: ignoring unknown keys {', '.join(key[:60] for key in few)}{more}", stacklevel=4)
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high  # True is no number
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
