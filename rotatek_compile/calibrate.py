@@ -11,7 +11,8 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +24,66 @@ from .batches import Encoded, merge_media, pad, positions
 from .errors import RotateKError
 from .geometry import Geometry
 from .moments import Moments
+from .placement import input_device
 from .text_attention import set_text_attention
 
 NAME = "rotatek_calibrate"
 SAVE_SECONDS = 20.0
+STORE_FORMAT = 2  # of saved moments: raised whenever the same documents would give other sums
+STALE_SECONDS = 3600.0  # after which a temporary file is taken for a killed run's
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Tokens of a batch [B, T]: `rows` and `columns` int64 [N]."""
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor, device: torch.device) -> Places:
+        """Where bool [B, T] is true."""
+        rows, columns = chosen.nonzero(as_tuple=True)
+        return cls(rows.to(device), columns.to(device))
+
+    def take(self, x: Tensor) -> Tensor:
+        """Those tokens of x [B, H, T, D]: [H, N, D]."""
+        return x[self.rows.to(x.device), :, self.columns.to(x.device)].transpose(0, 1)  # layers may be spread over devices
 
 
 class Collector:
-    """What the attention function reads and writes during one batch; one is active at a time."""
+    """What the attention function reads and writes during one batch; one is active at a time.
+
+    Columns are found once per batch, in main memory: asking the device in every layer would make it wait each time. Only images are
+    summed one by one, because each has a mean of its own; many small sums would cost a GPU as much as the forward pass.
+    """
 
     def __init__(self, geometry: Geometry, moments: Moments) -> None:
         self.geometry, self.moments = geometry, moments
-        self.visual: Tensor = torch.empty(0)  # bool [B, T]
-        self.real: Tensor = torch.empty(0)
-        self.readers: Tensor = torch.empty(0)  # question and answer tokens after the last image
+        self.length = 0
+        self.images: list[tuple[int, slice]] = []  # row and columns
+        self.text = self.readers = Places(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+
+    def announce(self, visual: Tensor, real: Tensor, readers: Sequence[int], device: torch.device) -> None:
+        """The next batch: image and real tokens, bool [B, T] on the CPU, and the first column of every row that reads the images."""
+        self.length = visual.shape[1]
+        self.images = [(row, columns) for row in range(len(visual)) for columns in _image_columns(visual[row])]
+        self.text = Places.of(real & ~visual, device)
+        self.readers = Places.of(torch.arange(self.length) >= torch.tensor(list(readers))[:, None], device)
 
     def collect(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         """Add one layer's batch: query [B, Hq, T, D], key and value [B, Hkv, T, D]."""
         layer = getattr(module, "layer_idx", None)
-        if layer not in self.geometry.compressible or key.shape[2] != self.real.shape[1]:
+        if layer not in self.geometry.compressible or key.shape[2] != self.length:
             return
         if f"{layer}.output_gram" not in self.moments.sums:
             self.moments.add(f"{layer}.output_gram", output_gram(module, self.geometry.layers[layer]))
-        for b in range(query.shape[0]):
-            for columns in _image_columns(self.visual[b]):
-                self.moments.add_segment(layer, "visual", key[b, :, columns], value[b, :, columns])
-            text = self.real[b] & ~self.visual[b]
-            if bool(text.any()):
-                self.moments.add_segment(layer, "text", key[b, :, text], value[b, :, text])
-            if bool(self.readers[b].any()):
-                self.moments.add_queries(layer, query[b, :, self.readers[b]].unflatten(0, (key.shape[1], -1)), scaling)
+        for row, columns in self.images:
+            self.moments.add_segment(layer, "visual", key[row, :, columns], value[row, :, columns])
+        if self.text.rows.numel():
+            self.moments.add_segment(layer, "text", self.text.take(key), self.text.take(value))
+        if self.readers.rows.numel():
+            self.moments.add_queries(layer, self.readers.take(query).unflatten(0, (key.shape[1], -1)), scaling)
 
 
 _active: Collector | None = None
@@ -103,7 +134,7 @@ def calibrate(
     if moments.documents == len(items):
         return moments
     collector = Collector(geometry, moments)
-    device, dtype = next(model.parameters()).device, model.dtype
+    device, dtype = input_device(model), model.dtype
     saved, whole = time.monotonic(), Moments(dict(moments.sums), moments.documents)
     bar = tqdm(total=len(items), initial=moments.documents, desc="moments", unit="doc", disable=None if not quiet else True, leave=False)
     try:
@@ -123,21 +154,18 @@ def calibrate(
             f"interrupted; {whole.documents} of {len(items)} documents are saved, run the same command with --resume to go on"
         ) from None
     store.save(moments)
-    return moments
+    return moments.on_cpu()
 
 
 def run_batch(model: Any, batch: Sequence[Encoded], collector: Collector, pad_id: int, device: torch.device, dtype: torch.dtype) -> None:
     """One forward pass over prompts with their reference answers."""
     chunk = pad([item.prompt + item.answer for item in batch], pad_id)
     length = chunk.ids.shape[1]
-    collector.real = chunk.mask.bool().to(device)
     visual = torch.zeros_like(chunk.ids, dtype=torch.bool)
     for token in collector.geometry.visual_token_ids:
         visual |= chunk.ids == token
-    readers = torch.zeros_like(visual)
-    for row, item in enumerate(batch):
-        readers[row, length - len(item.prompt) - len(item.answer) + item.visual_end :] = True
-    collector.visual, collector.readers = (visual & chunk.mask.bool()).to(device), readers.to(device)
+    readers = [length - len(item.prompt) - len(item.answer) + item.visual_end for item in batch]
+    collector.announce(visual & chunk.mask.bool(), chunk.mask.bool(), readers, device)
     mask = chunk.mask.to(device)
     model(
         input_ids=chunk.ids.to(device),
@@ -145,7 +173,7 @@ def run_batch(model: Any, batch: Sequence[Encoded], collector: Collector, pad_id
         position_ids=positions(batch, [0] * len(batch), chunk.mask).to(device),
         use_cache=False,
         logits_to_keep=1,
-        **merge_media(batch, device, dtype),
+        **merge_media(batch, device, dtype, chunk),
     )
 
 
@@ -153,11 +181,23 @@ def output_gram(module: nn.Module, shape: Any) -> Tensor:
     """Σ over the group of W_oᵀ W_o [Hkv, D, D] of an attention module; the identity if its output projection is not a plain matrix."""
     heads, group, dim = shape.kv_heads, shape.group, shape.head_dim
     for name in ("o_proj", "out_proj", "dense"):
-        weight = getattr(getattr(module, name, None), "weight", None)
+        projection: Any = getattr(module, name, None)
+        weight = getattr(projection, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape[-1] == heads * group * dim:
-            per_head = weight.detach().float().unflatten(1, (heads, group, dim))  # [hidden, Hkv, G, D]
-            return torch.einsum("ohgd,ohge->hde", per_head, per_head)
+            with _loaded(projection):
+                per_head = projection.weight.detach().float().unflatten(1, (heads, group, dim))  # [hidden, Hkv, G, D]
+                product = torch.einsum("ohgd,ohge->hde", per_head, per_head)
+                return (product + product.mT) / 2  # as exactly symmetric as the rest
     return torch.eye(dim).expand(heads, dim, dim).clone()
+
+
+def _loaded(module: Any) -> Any:
+    """A context in which the weight of a module that accelerate keeps on the CPU or on disk is where it is used."""
+    if not module.weight.is_meta:
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def _image_columns(visual: Tensor) -> list[slice]:
@@ -173,9 +213,15 @@ def _image_columns(visual: Tensor) -> list[slice]:
 
 
 class MomentStore:
-    """Saved moments of one (model, data, options), in the user's cache directory."""
+    """Saved moments of one (model, data, options), in the user's cache directory.
+
+    Other versions of the libraries round differently, so theirs are other moments. Every file carries a checksum of its sums.
+    """
 
     def __init__(self, key: dict[str, Any], directory: Path | None = None) -> None:
+        from .artifact import library_versions
+
+        key = key | {"store_format": STORE_FORMAT, "libraries": library_versions()}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         self.file = (directory or cache_directory()) / f"moments-{digest}.safetensors"
 
@@ -188,8 +234,10 @@ class MomentStore:
         try:
             with safe_open(self.file, "pt") as stored:
                 sums = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - safe_open is no mapping
-                return Moments(sums, int((stored.metadata() or {})["documents"]))
-        except (SafetensorError, OSError, ValueError, KeyError):
+                facts = stored.metadata() or {}
+            count, checksum = facts["moments"].split()
+            return Moments.unpacked(sums, int(count)) if checksum == _checksum(sums, int(count)) else Moments()
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError):
             return Moments()
 
     def save(self, moments: Moments) -> None:
@@ -204,12 +252,31 @@ class MomentStore:
         temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(moments.sums, temporary, metadata={"documents": str(moments.documents)})
+            self._clear()
+            sums = moments.packed()
+            # one entry: safetensors writes several in an order of its own each time, and equal moments should be equal files
+            save_file(sums, temporary, metadata={"moments": f"{moments.documents} {_checksum(sums, moments.documents)}"})
             temporary.replace(self.file)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):  # where even deleting fails, the first error is the one to tell
                 temporary.unlink(missing_ok=True)
             raise RotateKError(f"could not save moments to {self.file}: {error}; free space or set ROTATEK_CACHE") from error
+
+    def _clear(self) -> None:
+        """Delete the temporary files of runs that were killed while they saved."""
+        for left in self.file.parent.glob(f"{self.file.stem}.*.tmp"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink()
+
+
+def _checksum(sums: dict[str, Tensor], documents: int) -> str:
+    digest = hashlib.sha256(str(documents).encode())
+    for name in sorted(sums):
+        value = sums[name].contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.numpy().data)
+    return digest.hexdigest()
 
 
 def cache_directory() -> Path:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
+from .parallel import Processes
 
 if TYPE_CHECKING:  # inspecting an artifact needs no transformers
     from .batches import Encoded
@@ -67,23 +68,31 @@ def knock_out(
     with tqdm(total=len(items) * len(sets), desc="knock-outs", unit="set", disable=None if not quiet else True, leave=False) as bar:
         for start in range(0, len(items), batch_size):
             doc = cutter.prefill(*items[start : start + batch_size])
-            columns, replies = [], []
+            columns, replies = cutter.kl_each(doc, [({}, dropped) for dropped in sets]), []
             for dropped in sets:
-                columns.append(cutter.kl_rows(doc, {}, dropped))
                 if eos is not None:
                     with cutter.cut(doc, {}, dropped):
                         replies.append(cutter.greedy(doc, eos, max_new_tokens))
                 bar.update(len(doc.items))
-            kl.append(torch.stack(columns, 1))
+            kl.append(columns.mT)
             tokens.append(doc.scored.sum(1).cpu())
             answers += [list(row) for row in zip(*replies, strict=True)]
     return Measured(torch.cat(kl), torch.cat(tokens), answers)
 
 
-def measure_knockouts(cutter: Cutter, items: Sequence[Encoded], quiet: bool, batch_size: int = 1) -> dict[int, Tensor]:
-    """KL per answer token when one pair alone is knocked out: by layer, fp32 [Hkv]; what an artifact stores."""
-    pairs = all_pairs(cutter.geometry)
-    return by_layer(cutter.geometry, knock_out(cutter, items, [[pair] for pair in pairs], batch_size, quiet=quiet).per_token())
+def measure_knockouts(
+    cutter: Cutter, items: Sequence[Encoded], quiet: bool, batch_size: int = 1, together: Processes | None = None
+) -> dict[int, Tensor]:
+    """KL per answer token when one pair alone is knocked out: by layer, fp32 [Hkv]; what an artifact stores.
+
+    With several processes `items` are this one's share, and the figures those of all.
+    """
+    together, pairs = together or Processes(), all_pairs(cutter.geometry)
+    kl, tokens = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(1)
+    if items:
+        found = knock_out(cutter, items, [[pair] for pair in pairs], batch_size, quiet=quiet)
+        kl, tokens = found.kl.sum(0), found.tokens.sum()[None]
+    return by_layer(cutter.geometry, together.sum(kl) / together.sum(tokens).clamp_min(1))
 
 
 def by_layer(geometry: Geometry, values: Tensor) -> dict[int, Tensor]:

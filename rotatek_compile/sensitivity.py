@@ -1,16 +1,17 @@
 """What a head matters: KL of the answer tokens when its Keys are cut to a few directions (DESIGN.md §4.4).
 
 The cache is prefilled once per batch of documents with exact Keys; a cut replaces one head's image Keys by their rank-r rebuild
-(a knock-out: Keys and Values by their means) and only the text after the images is run again. Energy says nothing across heads
-(measured: the plan of least logit error was the worse one by far), so this is the currency in which heads are compared.
+(a knock-out: Keys and Values by their means) and only the text after the images is run again, many cuts at a time (rereading.py).
+Energy says nothing across heads (measured: the plan of least logit error was the worse one by far), so this is the currency in which
+heads are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +19,18 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
 from .bases import Basis
-from .batches import Chunk, Encoded, join, merge_media, pad, positions
+from .batches import Chunk, Encoded, join, merge_media, pad, positions, refuse_gaps
 from .geometry import Geometry
+from .parallel import Processes
+from .placement import input_device
+from .rereading import Replaced, decoder_layers, noting_entries, rereading, starting_at
 
+T = TypeVar("T")
 Plan = dict[int, list[int]]  # directions kept per KV head, by layer
 Pair = tuple[int, int]  # layer, KV head
+Cut = Mapping[int, Mapping[int, int]]  # `cut[layer][head]` = directions kept of the Keys
+NOTHING = 1e-6  # nats per answer token: what costs less without any direction is not measured with some
+TOGETHER = {"cpu": 2**24, "cuda": 2**27}  # attention logits that the cuts of one forward call may have in one layer
 
 
 def levels_for(head_dim: int) -> tuple[int, ...]:
@@ -44,6 +52,30 @@ class Prefilled:
     images: Tensor
     scored: Tensor  # bool [B, L]: which of the last L columns predict an answer token
     reference: Tensor  # dense log-probabilities [B, L, vocabulary], fp64
+    entries: dict[int, Tensor]  # the text's hidden states [B, T', hidden] as they enter each layer without a cut
+    homes: tuple[torch.device, ...] = ()  # where each layer's Keys and Values belong while they are parked
+
+    def bytes(self) -> int:
+        """Of the cached Keys and Values."""
+        return sum(x.numel() * x.element_size() for layer in self.cache.layers for x in (layer.keys, layer.values))
+
+    def park(self) -> None:
+        """Keep Keys and Values in main memory until they are read again."""
+        self.homes = tuple(layer.keys.device for layer in self.cache.layers)
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Parked Keys and Values on their device; they are only read, so nothing goes back."""
+        parked = [(layer.keys, layer.values) for layer in self.cache.layers] if self.homes else []
+        for layer, home in zip(self.cache.layers, self.homes, strict=False):
+            layer.keys, layer.values = layer.keys.to(home), layer.values.to(home)
+        try:
+            yield
+        finally:
+            for layer, (keys, values) in zip(self.cache.layers, parked, strict=False):
+                layer.keys, layer.values = keys, values
 
 
 class Cutter:
@@ -56,9 +88,10 @@ class Cutter:
 
     def __init__(self, model: Any, geometry: Geometry, bases: Mapping[int, Basis], span_all: bool) -> None:
         self.model, self.geometry, self.span_all = model, geometry, span_all
-        self.device, self.dtype = next(model.parameters()).device, model.dtype
+        self.device, self.dtype = input_device(model), model.dtype
         self.encode = {i: b.encode.to(self.device, torch.float32) for i, b in bases.items()}
         self.decode = {i: b.decode.to(self.device, torch.float32) for i, b in bases.items()}
+        self.layers = decoder_layers(model, len(geometry.layers))
 
     @torch.inference_mode()
     def prefill(self, *items: Encoded) -> Prefilled:
@@ -72,9 +105,10 @@ class Cutter:
         images = _one_hot(visual & real).to(self.device)
         coded = _one_hot(real).to(self.device) if self.span_all else images
         scored = pad([item.answer for item in items], 0).mask.bool().to(self.device)
-        doc = Prefilled(list(items), prefix, cache, coded, images, scored, torch.empty(0))
-        self._forward(doc, prefix, None, 1, merge_media(items, self.device, self.dtype))
-        doc.reference = self._answer(doc)
+        doc = Prefilled(list(items), prefix, cache, coded, images, scored, torch.empty(0), {})
+        self._forward(doc, prefix, None, 1, merge_media(items, self.device, self.dtype, prefix))
+        with noting_entries(self.layers, doc.entries):
+            (doc.reference,) = self._answers(doc, [({}, ())])
         return doc
 
     def kl(self, doc: Prefilled, plan: Mapping[int, Mapping[int, int]]) -> tuple[float, int]:
@@ -89,10 +123,21 @@ class Cutter:
             plan: `plan[layer][head]` = directions kept of the Keys.
             dropped: heads that are knocked out: image Keys and Values replaced by their means over each image.
         """
-        with self.cut(doc, plan, dropped):
-            got = self._answer(doc)
-        kl = (doc.reference.exp() * (doc.reference - got)).sum(-1).clamp_min(0)
-        return (kl * doc.scored).sum(1).cpu()
+        return self.kl_each(doc, [(plan, dropped)])[0]
+
+    @torch.inference_mode()
+    def kl_each(self, doc: Prefilled, cuts: Sequence[tuple[Cut, Collection[Pair]]]) -> Tensor:
+        """`kl_rows` of several cuts, as many at a time as memory allows: fp64 [N, B] on the CPU."""
+        queries = max(layer.query_heads for layer in self.geometry.layers) * doc.prefix.ids.numel() * self._rest(doc).ids.shape[1]
+        step = max(1, TOGETHER[self.device.type] // queries)
+        changing = [number for number, (plan, dropped) in enumerate(cuts) if any(plan.values()) or dropped]
+        found = torch.zeros(len(cuts), len(doc.items), dtype=torch.float64)  # what changes nothing costs nothing, without rounding
+        for start in range(0, len(changing), step):
+            numbers = changing[start : start + step]
+            for number, got in zip(numbers, self._answers(doc, [cuts[n] for n in numbers]), strict=True):
+                kl = (doc.reference.exp() * (doc.reference - got)).sum(-1).clamp_min(0)
+                found[number] = (kl * doc.scored).sum(1)
+        return found
 
     @contextmanager
     def cut(self, doc: Prefilled, plan: Mapping[int, Mapping[int, int]], dropped: Collection[Pair] = ()) -> Iterator[None]:
@@ -105,8 +150,9 @@ class Cutter:
             for head, rank in plan.get(index, {}).items():
                 keys[:, head] = self._cut(doc.coded, layer.keys[:, head], index, head, rank)
             for head in (h for i, h in dropped if i == index):
-                keys[:, head] = to_means(layer.keys[:, head], doc.images)
-                values[:, head] = to_means(layer.values[:, head], doc.images)
+                images = doc.images.to(keys.device)
+                keys[:, head] = to_means(layer.keys[:, head], images)
+                values[:, head] = to_means(layer.values[:, head], images)
             layer.keys, layer.values = keys, values
         try:
             yield
@@ -134,22 +180,56 @@ class Cutter:
 
     def _cut(self, coded: Tensor, keys: Tensor, layer: int, head: int, rank: int) -> Tensor:
         """Keys [B, T, D] with their coded columns rebuilt from `rank` directions and the segment's mean."""
+        coded = coded.to(keys.device)
         mean = segment_means(keys, coded)
-        rebuilt = mean + ((keys.float() - mean) @ self.encode[layer][head, :, :rank]) @ self.decode[layer][head, :, :rank].mT
+        if rank == 0:
+            return torch.where(coded.any(-1, keepdim=True), mean.to(keys.dtype), keys)
+        encode, decode = (side[layer][head, :, :rank].to(keys.device) for side in (self.encode, self.decode))
+        rebuilt = mean + ((keys.float() - mean) @ encode) @ decode.mT
         return torch.where(coded.any(-1, keepdim=True), rebuilt.to(keys.dtype), keys)
 
-    def _answer(self, doc: Prefilled) -> Tensor:
-        """Log-probabilities [B, L, vocabulary] of the answer tokens, teacher-forced; the cache is left as it was."""
-        before = [(layer.keys, layer.values) for layer in doc.cache.layers]
-        rest = pad([item.prompt[item.visual_end :] + item.answer[:-1] for item in doc.items], 0)
-        try:
-            # left-padded, so that a row's answer positions are its last ones
-            return self._forward(doc, rest, doc.prefix, doc.scored.shape[1]).double().log_softmax(-1)
-        finally:
-            self._restore(doc, before)
+    def _answers(self, doc: Prefilled, cuts: Sequence[tuple[Cut, Collection[Pair]]]) -> Iterator[Tensor]:
+        """Log-probabilities [B, L, vocabulary] of the answer tokens under each cut, teacher-forced; the cache is left as it was."""
+        rest, count = self._rest(doc), len(cuts)
+        replaced = self._replaced(doc, cuts)
+        where = positions(doc.items, doc.prefix.mask.sum(1).tolist(), rest.mask)
+        with (
+            rereading(self.model, doc.cache, count, replaced) as cache,
+            starting_at(self.layers, doc.entries, min(replaced, default=0), count),
+        ):
+            logits = self.model(
+                input_ids=rest.ids.repeat(count, 1).to(self.device),
+                attention_mask=join(doc.prefix, rest).mask.repeat(count, 1).to(self.device),
+                position_ids=where.repeat(*(1,) * (where.dim() - 2), count, 1).to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=doc.scored.shape[1],  # left-padded, so that a row's answer positions are its last ones
+            ).logits
+        for part in logits.to(self.device).chunk(count):
+            yield part.double().log_softmax(-1)
+
+    def _rest(self, doc: Prefilled) -> Chunk:
+        return pad([item.prompt[item.visual_end :] + item.answer[:-1] for item in doc.items], 0)
+
+    def _replaced(self, doc: Prefilled, cuts: Sequence[tuple[Cut, Collection[Pair]]]) -> dict[int, list[Replaced]]:
+        """What each cut puts in place of the prefilled Keys and Values."""
+        found: dict[int, list[Replaced]] = {}
+        for number, (plan, dropped) in enumerate(cuts):
+            for index in {*plan, *(layer for layer, _ in dropped)}:
+                layer = doc.cache.layers[index]
+                for head in {*plan.get(index, {}), *(h for i, h in dropped if i == index)}:
+                    keys, values = layer.keys[:, head], None
+                    if (index, head) in dropped:
+                        images = doc.images.to(keys.device)
+                        keys, values = to_means(keys, images), to_means(layer.values[:, head], images)
+                    else:
+                        keys = self._cut(doc.coded, keys, index, head, plan[index][head])
+                    found.setdefault(index, []).append(Replaced(number, head, keys, values))
+        return found
 
     def _forward(self, doc: Prefilled, chunk: Chunk, before: Chunk | None, keep: int, media: Mapping[str, Tensor] | None = None) -> Tensor:
         starts = before.mask.sum(1).tolist() if before else [0] * len(doc.items)
+        refuse_gaps(self.model.config, chunk, before)
         return self.model(
             input_ids=chunk.ids.to(self.device),
             attention_mask=(join(before, chunk) if before else chunk).mask.to(self.device),
@@ -185,25 +265,103 @@ def _one_hot(columns: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(index)[..., 1:].float()
 
 
-def measure(cutter: Cutter, items: Sequence[Encoded], levels: Sequence[int], quiet: bool, batch_size: int = 1) -> dict[int, Tensor]:
-    """KL per answer token when one head alone is cut: by layer, fp32 [Hkv, levels]."""
-    geometry = cutter.geometry
-    total = {i: torch.zeros(geometry.layers[i].kv_heads, len(levels), dtype=torch.float64) for i in geometry.compressible}
-    cuts = [(i, h, n) for i in geometry.compressible for h in range(geometry.layers[i].kv_heads) for n in range(len(levels))]
-    tokens = 0
-    with tqdm(total=len(items) * len(cuts), desc="sensitivities", unit="cut", disable=None if not quiet else True, leave=False) as bar:
+@dataclass(frozen=True, slots=True)
+class Sensitivities:
+    """`kl`: by layer, KL per answer token when one head alone is cut to each level, fp32 [Hkv, levels]. `bounded`: the share of all
+    (document, head, level) whose figure is not its own but that of a lower level, because that one already cost at most `NOTHING`."""
+
+    kl: dict[int, Tensor]
+    bounded: float
+
+
+def measure(
+    cutter: Cutter, items: Sequence[Encoded], levels: Sequence[int], quiet: bool, batch_size: int = 1, together: Processes | None = None
+) -> Sensitivities:
+    """KL per answer token when one head alone is cut.
+
+    Levels are measured upwards. Where a document's answer loses at most `NOTHING` nats per token at one level, its higher levels are
+    given that figure instead of being measured: more directions cost less but for noise of that size, so it is an upper bound, and no
+    allocation looks at differences that small.
+
+    Args:
+        levels: directions kept, ascending.
+        together: the processes whose documents count; `items` are this one's share.
+    """
+    geometry, together = cutter.geometry, together or Processes()
+    heads = [(i, h) for i in geometry.compressible for h in range(geometry.layers[i].kv_heads)]
+    total = torch.zeros(len(heads), len(levels), dtype=torch.float64)
+    tokens = bounded = 0
+    with tqdm(total=len(items) * len(heads), desc="sensitivities", unit="head", disable=None if not quiet else True, leave=False) as bar:
         for start in range(0, len(items), batch_size):
             doc = cutter.prefill(*items[start : start + batch_size])
-            for layer, head, level in cuts:
-                kl, _ = cutter.kl(doc, {layer: {head: levels[level]}})
-                total[layer][head, level] += kl
-                bar.update(len(doc.items))
-            tokens += int(doc.scored.sum())
-    return {i: (t / max(tokens, 1)).float() for i, t in total.items()}
+            counts = doc.scored.sum(1).cpu()
+            for layer in geometry.compressible:
+                places = [n for n, (i, _) in enumerate(heads) if i == layer]
+                found, own = _one_layer(cutter, doc, layer, len(places), levels, NOTHING * counts)
+                total[places] += found.sum(-1)
+                bounded += int((~own).sum())
+                bar.update(len(places) * len(doc.items))
+            tokens += int(counts.sum())
+    counted = together.sum(torch.tensor([tokens, bounded, len(items)]))
+    kl = (together.sum(total) / counted[0].clamp_min(1)).float()
+    by_layer = kl.split([geometry.layers[i].kv_heads for i in geometry.compressible])
+    share = float(counted[1] / (counted[2] * total.numel()).clamp_min(1))
+    return Sensitivities(dict(zip(geometry.compressible, by_layer, strict=True)), share)
 
 
-def joint_kl(cutter: Cutter, docs: Sequence[Prefilled], plan: Plan) -> float:
-    """KL per answer token of a whole plan."""
+def _one_layer(cutter: Cutter, doc: Prefilled, layer: int, heads: int, levels: Sequence[int], least: Tensor) -> tuple[Tensor, Tensor]:
+    """KL of one layer's heads on one batch, fp64 [Hkv, levels, B], and which of them are measured or would have been alone, bool.
+
+    Whether a document is measured depends on that document only, so that figures do not depend on who shares its batch.
+    """
+    found = torch.zeros(heads, len(levels), len(doc.items), dtype=torch.float64)
+    own = torch.zeros_like(found, dtype=torch.bool)
+    open_ = torch.ones(heads, len(doc.items), dtype=torch.bool)
+    for number, level in enumerate(levels):
+        if number:
+            found[:, number] = found[:, number - 1]
+        own[:, number] = open_
+        rows = open_.any(1).nonzero().flatten().tolist()
+        if not rows:
+            continue
+        got = cutter.kl_each(doc, [({layer: {head: level}}, ()) for head in rows])
+        found[rows, number] = torch.where(open_[rows], got, found[rows, number])
+        open_ &= found[:, number] > least
+    return found, own
+
+
+class JointCheck:
+    """KL of whole plans on prefilled documents, which several processes may share: the main one asks, the others answer with it."""
+
+    def __init__(self, cutter: Cutter, docs: Sequence[Prefilled], together: Processes | None = None) -> None:
+        self.cutter, self.docs, self.together = cutter, docs, together or Processes()
+
+    def __call__(self, plan: Plan) -> float:
+        """KL per answer token; asked by the main process, inside `lead`."""
+        return joint_kl(self.cutter, self.docs, self.together.broadcast(plan), self.together)
+
+    def lead(self, search: Callable[[], T]) -> T:
+        """What `search` finds in the main process, in all of them. One that decides keeps rounding from leading them apart."""
+        if self.together.main:
+            found = search()
+            if self.together.size > 1:
+                self.together.broadcast(("found", found))
+            return found
+        while True:
+            asked: Any = self.together.broadcast(None)
+            if isinstance(asked, tuple):
+                result: T = asked[1]
+                return result
+            joint_kl(self.cutter, self.docs, asked, self.together)
+
+
+def joint_kl(cutter: Cutter, docs: Sequence[Prefilled], plan: Plan, together: Processes | None = None) -> float:
+    """KL per answer token of a whole plan; with several processes `docs` are this one's share."""
     cuts = {i: dict(enumerate(ranks)) for i, ranks in plan.items()}
-    parts = [cutter.kl(doc, cuts) for doc in docs]
-    return sum(kl for kl, _ in parts) / max(sum(n for _, n in parts), 1)
+    parts = []
+    for doc in docs:
+        with doc.at_home():
+            parts.append(cutter.kl(doc, cuts))
+    mine = torch.tensor([sum(kl for kl, _ in parts), sum(n for _, n in parts)], dtype=torch.float64)
+    kl, tokens = (together or Processes()).sum(mine).tolist()
+    return float(kl / max(tokens, 1))

@@ -39,7 +39,8 @@ def test_full_rank_costs_nothing_and_cuts_cost_more(cutter, documents):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
         assert layer.get_seq_length() == length == documents[1].visual_end
-    assert torch.equal(c._answer(doc), doc.reference)
+    with torch.inference_mode():
+        assert torch.equal(next(c._answers(doc, [({}, ())])), doc.reference)
 
 
 def test_a_cut_to_nothing_is_the_mean(cutter, tiny, documents, tiny_geometry):
@@ -62,7 +63,7 @@ def test_a_cut_to_nothing_is_the_mean(cutter, tiny, documents, tiny_geometry):
 
 def test_a_head_that_nobody_reads(cutter, make_silent, documents):
     c = cutter(make_silent)
-    table = measure(c, documents[:2], (0, 8), True)
+    table = measure(c, documents[:2], (0, 8), True).kl
     assert table[2][1].abs().max() < 1e-6  # KV head 1 of layer 2
     assert table[2][0, 0] > 1e-4
     assert table[1].min() > 0
@@ -82,7 +83,7 @@ def make_silent(tiny):
 
 def test_measure_is_the_mean_per_answer_token(cutter, documents):
     c = cutter()
-    table = measure(c, documents[:3], (0, 8, 32), True)
+    table = measure(c, documents[:3], (0, 8, 32), True).kl
     assert [tuple(t.shape) for t in table.values()] == [(2, 3)] * 3
     parts = [c.kl(c.prefill(item), {1: {0: 8}}) for item in documents[:3]]
     assert float(table[1][0, 1]) == pytest.approx(sum(p for p, _ in parts) / sum(n for _, n in parts), rel=1e-4)
@@ -101,3 +102,64 @@ def test_levels():
     assert levels_for(128) == (0, 8, 16, 32)
     assert levels_for(32) == (0, 8)
     assert all(level % 8 == 0 for dim in (64, 80, 96, 256) for level in levels_for(dim))
+
+
+def test_many_cuts_at_once_are_each_alone(cutter, documents):
+    """Whatever shares a call: heads of one layer, of several layers, knock-outs, and documents of other lengths."""
+    c = cutter()
+    doc = c.prefill(*documents)
+    cuts = [
+        ({1: {0: 8}}, ()),
+        ({1: {1: 0}}, ()),
+        ({2: {0: 0}}, ()),
+        ({0: {0: 16, 1: 8}, 2: {1: 0}}, ()),
+        ({}, [(1, 1)]),
+        ({2: {1: 8}}, [(2, 0)]),
+    ]
+    together = c.kl_each(doc, cuts)
+    alone = torch.stack([c.kl_rows(doc, *cut) for cut in cuts])
+    single = torch.stack([torch.cat([c.kl_rows(c.prefill(item), *cut) for item in documents]) for cut in cuts])
+    assert together.shape == (6, 5)
+    assert together.min() > 1e-5
+    assert torch.allclose(together, alone, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(together, single, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(together[1], together[4], rtol=1e-3, atol=1e-6)  # no direction of the Keys: a knock-out (knockout.py)
+
+
+def test_layers_below_a_cut_are_not_run_again(cutter, documents, monkeypatch):
+    c = cutter()
+    doc = c.prefill(documents[0])
+    whole = c.kl_rows(doc, {2: {0: 0}})
+    runs, attention = [], type(c.layers[0].self_attn).forward
+    monkeypatch.setattr(
+        type(c.layers[0].self_attn), "forward", lambda self, *a, **k: runs.append(self.layer_idx) or attention(self, *a, **k)
+    )
+    assert torch.equal(c.kl_rows(doc, {2: {0: 0}}), whole)
+    assert runs == [2]
+    monkeypatch.setattr(c, "layers", None)  # a model whose layers are not found runs all of them, to the same end
+    assert torch.allclose(c.kl_rows(doc, {2: {0: 0}}), whole, rtol=1e-4)
+    assert runs == [2, 0, 1, 2]
+    assert all("forward" not in layer.__dict__ for layer in cutter().layers)
+
+
+def test_what_costs_nothing_is_not_measured_further(cutter, make_silent, documents, monkeypatch):
+    """Of the silent head only the lowest level is measured; the others are given its figure, and the share of such figures is told."""
+    c, asked, kl_each = cutter(make_silent), [], Cutter.kl_each
+    monkeypatch.setattr(Cutter, "kl_each", lambda self, doc, cuts: asked.extend(cuts) or kl_each(self, doc, cuts))
+    found = measure(c, documents[:2], (0, 8, 16), True)
+    assert [plan for plan, _ in asked if list(plan) == [2] and list(plan[2]) == [1]] == [{2: {1: 0}}] * 2
+    assert found.bounded == pytest.approx(2 / 18)  # two of the silent head's three levels, of six heads
+    assert found.kl[2][1].unique().numel() == 1
+    assert (found.kl[1].diff() != 0).all()
+
+
+def test_parked_documents_count_the_same(cutter, documents):
+    c = cutter()
+    doc = c.prefill(*documents[:2])
+    plan = {i: [8, 0] for i in range(3)}
+    before = joint_kl(c, [doc], plan)
+    assert doc.bytes() == 3 * 2 * 2 * 2 * doc.prefix.ids.shape[1] * 32 * 4
+    doc.park()
+    parked = [layer.keys for layer in doc.cache.layers]
+    assert joint_kl(c, [doc], plan) == before > 1e-4
+    assert all(layer.keys is keys for layer, keys in zip(doc.cache.layers, parked, strict=True))
