@@ -50,14 +50,16 @@ def _heads(artifact: Artifact) -> list[str]:
     if artifact.method.rival is not None:
         return []
     levels = " ".join(f"{level:>9}" for level in artifact.method.levels)
-    lines = ["", f"layer head  rank  energy kept  logit error²   KL when cut to rank {levels}"]
+    # only this basis's spectrum is in squared logits (bases.py)
+    cut_name = "logit error²" if artifact.method.basis == "two-sided" else "  energy cut"
+    lines = ["", f"layer head  rank  energy kept  {cut_name}   KL when cut to rank {levels}"]
     for i, ranks in artifact.ranks().items():
         sensitivity = artifact.tensors[f"layers.{i}.sensitivity"]
-        spectrum = artifact.tensors[f"layers.{i}.visual.key_spectrum"]
+        spectrum = artifact.tensors[f"layers.{i}.{artifact.method.kinds[0]}.key_spectrum"]
         for h, rank in enumerate(ranks):
             total = float(spectrum[h].sum())
             kept = float(spectrum[h, :rank].sum()) / total if total > 0 else 1.0
-            error = float(spectrum[h, rank:].sum())  # a spectrum is in squared logits
+            error = float(spectrum[h, rank:].sum())
             cut = " ".join(f"{float(x):9.2e}" for x in sensitivity[h])
             lines.append(f"{i:5} {h:4} {rank:5} {kept:12.4f} {error:13.3e}   {'':19} {cut}")
     return lines

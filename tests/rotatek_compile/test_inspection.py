@@ -43,6 +43,13 @@ def test_artifacts_without_knockouts(make_artifact):
     assert len([line for line in describe(artifact).splitlines() if line[:1] == " "]) == 6
 
 
+def test_only_the_two_sided_spectrum_is_called_a_logit_error(make_artifact):
+    heads = {basis: describe(make_artifact(8, basis=basis)).splitlines() for basis in ("two-sided", "pca", "paper")}
+    at = heads["pca"].index("layer head  rank  energy kept    energy cut   KL when cut to rank ")
+    assert heads["two-sided"][at] == "layer head  rank  energy kept  logit error²   KL when cut to rank "
+    assert heads["paper"][at] == heads["pca"][at]
+
+
 def test_a_rival_has_a_setting_and_no_ranks(tiny_geometry, with_knockouts):
     tensors = {f"layers.{i}.knockout": torch.tensor([0.5, 0.0]) for i in range(3)}
     rival = Artifact(tiny_geometry, Method(rival="head-drop-native", kv_budget=0.5, keep_ratio=1.0), tensors, {}, {})
