@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 from transformers import TextStreamer
 
-from .batches import prompt_text
+from .batches import prompt_text, tokenized
+from .errors import RotateKError
+from .placement import input_device
 from .runtime.accounting import CacheBytes, cache_bytes
+from .video import Clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +58,20 @@ class _Clock(TextStreamer):
 
 
 def answer_once(
-    model: Any, processor: Any, images: list[Image.Image], prompt: str, max_new_tokens: int, stream: bool
+    model: Any,
+    processor: Any,
+    images: list[Image.Image],
+    prompt: str,
+    max_new_tokens: int,
+    stream: bool,
+    clip: Clip | None = None,
 ) -> Answer:
-    """Greedy answer through plain `generate`, with whatever cache the model is set to use."""
-    inputs = processor(text=[prompt_text(processor, len(images), prompt)], images=images or None, return_tensors="pt").to(model.device)
+    """Greedy answer through plain `generate`, with whatever cache the model is set to use.
+
+    Raises:
+        RotateKError: a clip for a model that takes none, or whose processor needs a package for it that is not installed.
+    """
+    inputs = model_inputs(processor, images, prompt, clip).to(input_device(model))
     for name, tensor in inputs.items():
         if tensor.is_floating_point():
             inputs[name] = tensor.to(model.dtype)
@@ -75,6 +88,28 @@ def answer_once(
         seconds_prefill=clock.first - start,
         seconds_decode=end - clock.first,
     )
+
+
+def model_inputs(processor: Any, images: list[Image.Image], prompt: str, clip: Clip | None = None) -> Any:
+    """The processor's tensors for one question about images, and a clip after them.
+
+    Raises:
+        RotateKError: as `answer_once`.
+    """
+    if clip is None:
+        return tokenized(processor, prompt_text(processor, len(images), prompt), images)
+    if not takes_videos(processor):
+        name = type(processor).__name__
+        raise RotateKError(f"{name} takes no videos; pass frames as images instead (--image, once for each)")
+    try:
+        return tokenized(processor, prompt_text(processor, len(images), prompt, videos=1), images, **clip.arguments())
+    except ImportError as error:
+        raise RotateKError(f"this model's videos need a package that is not installed: {str(error).strip().splitlines()[0]}") from error
+
+
+def takes_videos(processor: Any) -> bool:
+    """Whether a processor has a part for videos, also where that part could not be loaded for want of torchvision."""
+    return getattr(processor, "video_processor", None) is not None
 
 
 def comparison(result: Answer, dense: Answer | None) -> str:

@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
 
-from .artifact import Artifact, read_artifact
+from .artifact import Artifact
+from .carried_files import check_carried_files
 from .errors import RotateKError
-from .models import Source, choose_device, choose_dtype, identity, load_config, load_model, load_processor, resolve
+from .hub import fetch_weights, open_artifact
+from .models import BUNDLED, Source, choose_device, choose_dtype, identity, load_config, load_model, load_processor, resolve
+from .placement import AUTO
+from .weights import checkpoint_files, has_weights
 
 
 def base_source(artifact: Artifact, model: str | None = None) -> Source:
-    """Where the base weights of an artifact are: recorded id and commit, or `model` instead.
+    """Where the base weights of an artifact are: `model` if given, else those beside the artifact, else the recorded id and commit.
 
     Raises:
-        RotateKError: the recorded local checkpoint is gone.
+        RotateKError: the recorded local checkpoint is gone, or weights on the Hub cannot be fetched.
     """
     if model is not None:
         return resolve(model)
     name = str(artifact.base_model.get("id"))
-    if artifact.base_model.get("fingerprint") and name.startswith("/") and not Path(name).is_dir():
+    if artifact.remote is not None and artifact.remote.weights:
+        return own_weights(name, fetch_weights(artifact.remote))
+    if artifact.path is not None and has_weights(artifact.path):
+        return own_weights(name, artifact.path)
+    # a pushed artifact names a local base by the last part of its path alone, which must not be looked for in the working directory
+    if artifact.base_model.get("fingerprint") and name not in BUNDLED and not (name.startswith("/") and Path(name).is_dir()):
         raise RotateKError(f"the artifact's base model was at {name}, which is gone; pass its new place with --model")
     return resolve(name, artifact.base_model.get("revision"))
 
 
+def own_weights(name: str, directory: Path) -> Source:
+    """The weights that an artifact carries itself, called by the name of the base model.
+
+    Raises:
+        RotateKError: they are not whole.
+    """
+    checkpoint_files(directory)
+    check_carried_files(directory)
+    return Source(name=name, location=str(directory), revision=None, is_local=True)
+
+
 def load_base(
-    artifact: Artifact, *, model: str | None = None, dtype: str | None = None, device: str | None = None, strict: bool = False
+    artifact: Artifact,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    strict: bool = False,
+    tensor_parallel: bool = False,
 ) -> tuple[Any, Any]:
     """Base model and processor of an artifact, nothing enabled.
 
@@ -41,14 +68,15 @@ def load_base(
     if reason := artifact.geometry.difference(geometry_of(config)):
         raise RotateKError(f"{source.name} does not fit artifact {artifact.path}: {reason}; compile an artifact for this model")
     seen = identity(source, config)
-    for field in ("fingerprint", "revision"):
+    carried = artifact.path is not None and Path(source.location) == artifact.path
+    for field in ("fingerprint",) if carried else ("fingerprint", "revision"):  # weights beside the artifact have its revision
         recorded = artifact.base_model.get(field)
         if recorded and seen[field] != recorded:
             words = f"{source.name} has {field} {str(seen[field])[:12]}, the artifact was compiled for {str(recorded)[:12]}"
             if strict:
                 raise RotateKError(f"{words}; compile again, or leave strict off to use it all the same")
             warnings.warn(f"{words}: same geometry, other weights; accuracy may differ", stacklevel=2)
-    loaded = load_model(source, choose_dtype(dtype, config, place), place)
+    loaded = load_model(source, choose_dtype(dtype, config, place), place, device == AUTO, tensor_parallel)
     return loaded, load_processor(source, artifact.path)
 
 
@@ -61,23 +89,61 @@ def load(
     backend: str = "auto",
     fallback: bool = True,
     strict: bool = False,
+    revision: str | None = None,
+    keep_ratio: float | None = None,
+    kv_budget: float | None = None,
+    attn_implementation: str | None = None,
+    adapter: str | Path | None = None,
+    tensor_parallel: bool = False,
 ) -> tuple[Any, Any]:
     """Load an artifact with its base weights: `(model, processor)`, on which `model.generate(**inputs)` uses the compressed cache.
 
     Args:
-        artifact: directory (or an `Artifact`) made by rotatek-compile.
+        artifact: directory made by rotatek-compile, `org/name` (or `org/name@revision`) of the Hub, or an `Artifact`.
         model: base weights other than the recorded ones (a fine-tune, a moved checkpoint).
         dtype, device: as the commands' options; the checkpoint's dtype on a GPU, float32 on a CPU.
         backend: `auto`, `triton`, `torch` or `reconstruct`.
         fallback: let heads keep more than planned where an image is unlike the calibration data.
         strict: refuse other weights of the same geometry instead of warning.
+        revision: branch, tag or commit of an artifact on the Hub.
+        keep_ratio, kv_budget: another budget than the artifact's plan, as for `enable`.
+        attn_implementation: what attends tokens that arrive together: `sdpa`, `flash_attention_2`, `eager`, ...; by default the model's.
+        adapter: a peft adapter (directory or Hub id) to put on the base weights.
+        tensor_parallel: share the model's heads between the processes of a torchrun; all of them call this, and `generate`.
 
     Raises:
-        RotateKError: see `read_artifact`, `load_base` and `runtime.enable.enable`.
+        RotateKError: see `hub.open_artifact`, `read_artifact`, `load_base` and `runtime.enable.enable`.
     """
     from .runtime.enable import enable
 
-    read = artifact if isinstance(artifact, Artifact) else read_artifact(artifact)
-    loaded, processor = load_base(read, model=model, dtype=dtype, device=device, strict=strict)
-    enable(loaded, read, backend=backend, fallback=fallback)
+    read = artifact if isinstance(artifact, Artifact) else open_artifact(artifact, revision)
+    loaded, processor = load_base(read, model=model, dtype=dtype, device=device, strict=strict, tensor_parallel=tensor_parallel)
+    loaded = dressed(loaded, attn_implementation, adapter)
+    enable(loaded, read, backend=backend, fallback=fallback, keep_ratio=keep_ratio, kv_budget=kv_budget)
     return loaded, processor
+
+
+def dressed(model: Any, attn_implementation: str | None = None, adapter: str | Path | None = None) -> Any:
+    """The model with another attention implementation for its text, and with an adapter on it.
+
+    Raises:
+        RotateKError: the implementation cannot run here, peft is not installed, or the adapter does not fit.
+    """
+    if attn_implementation is not None:
+        from .text_attention import set_text_attention
+
+        try:
+            set_text_attention(model, attn_implementation)
+        except (ImportError, ValueError) as error:
+            words = str(error).strip().splitlines()[0]
+            raise RotateKError(f"attention implementation {attn_implementation!r} cannot be used: {words}") from error
+    if adapter is not None:
+        if importlib.util.find_spec("peft") is None:
+            raise RotateKError(f"adapter {adapter} needs the package peft: pip install peft")
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter)).eval()
+        except Exception as error:  # peft raises whatever the first thing is that does not fit
+            raise RotateKError(f"adapter {adapter} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    return model

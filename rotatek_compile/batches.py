@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,14 +12,21 @@ from torch import Tensor
 
 from .calibration_data.sample import Sample
 from .errors import RotateKError
-from .geometry import Geometry, position_axes
+from .families import family_of
+from .geometry import Geometry, geometry_of, position_axes
+
+READERS = 64  # newest tokens of a text-only prompt that count as the question
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One sample as ids. `visual_end` is the column after the last image token; media are the processor's image tensors.
 
+    A text-only prompt has no images: there the question is its newest `READERS` tokens, at most half of it, and `visual_end` is the column
+    where it begins; what is before may be coded.
+
     `positions` are those of the prompt in a model with several position axes (M-RoPE), int64 [A, len(prompt)]; None is 0, 1, 2, ...
+    `token_types` holds what the model wants to be told of each prompt token, by argument of `forward` (families.py).
     """
 
     sample: Sample
@@ -28,6 +35,7 @@ class Encoded:
     visual_end: int
     media: dict[str, Tensor]
     positions: Tensor | None = None
+    token_types: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +51,31 @@ def template_hash(processor: Any) -> str:
     return hashlib.sha256(str(processor.chat_template).encode()).hexdigest()[:16]
 
 
-def prompt_text(processor: Any, images: int, question: str) -> str:
-    """The prompt of one question about some images, ready for the processor.
+def prompt_text(processor: Any, images: int, question: str, videos: int = 0) -> str:
+    """The prompt of one question about some images, then some clips, ready for the processor.
 
     Raises:
-        RotateKError: the question holds a placeholder that stands for an image or a video.
+        RotateKError: the question holds a placeholder that stands for an image or a video, or the model reads none.
     """
     for medium in ("image", "video"):
-        placeholder = getattr(processor, f"{medium}_token", None)
-        if placeholder and placeholder in question:
+        # some processors write another token into the prompt than the one the model sees
+        names = {getattr(owner, f"{medium}_token", None) for owner in (processor, getattr(processor, "tokenizer", None))}
+        if found := next((name for name in sorted(filter(None, names)) if name in question), None):
             article = "an" if medium == "image" else "a"
-            raise RotateKError(f"the question holds {placeholder}, which stands for {article} {medium}; leave it out: {question[:60]!r}")
-    content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+            raise RotateKError(f"the question holds {found}, which stands for {article} {medium}; leave it out: {question[:60]!r}")
+    content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)] + [{"type": "video"} for _ in range(videos)]
     content.append({"type": "text", "text": question})
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+
+
+def tokenized(processor: Any, text: str, images: Sequence[Any], **media: Any) -> Any:
+    """The processor's tensors for one prompt; `media` are further arguments of the call.
+
+    A template that writes the begin-of-sequence token leaves none to be added.
+    """
+    bos = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    own = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    return processor(text=[text], images=list(images) or None, return_tensors="pt", **own, **media)
 
 
 def end_ids(model: Any) -> tuple[int, ...]:
@@ -116,17 +135,19 @@ def encode(processor: Any, sample: Sample, geometry: Geometry, eos: int, rope: R
     """
     if geometry.position_axes > 1 and rope is None:
         raise RotateKError(f"{geometry.model_type} numbers tokens along {geometry.position_axes} axes; pass rope_index(model) to encode")
-    text = prompt_text(processor, len(sample.images), sample.question)
-    inputs = dict(processor(text=[text], images=list(sample.images) or None, return_tensors="pt"))
+    inputs = dict(tokenized(processor, prompt_text(processor, len(sample.images), sample.question), sample.images))
     tensor = inputs.pop("input_ids")
     ids = tensor[0].tolist()
+    wanted = family_of(geometry.model_type).token_types
+    types = {wanted: inputs[wanted][0].tolist()} if wanted is not None and wanted in inputs else {}
     for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
         inputs.pop(name, None)
     ends = [column + 1 for column, token in enumerate(ids) if token in geometry.visual_token_ids]
     if sample.images and not ends:
         raise RotateKError(f"sample {sample.id}: the processor turned {len(sample.images)} images into no image tokens; wrong processor?")
+    end = ends[-1] if ends else 0 if geometry.visual_token_ids else len(ids) - min(READERS, len(ids) // 2)
     answer = processor.tokenizer(sample.answers[0], add_special_tokens=False)["input_ids"]
-    return Encoded(sample, ids, [*answer, eos], ends[-1] if ends else 0, inputs, rope(tensor, inputs) if rope else None)
+    return Encoded(sample, ids, [*answer, eos], end, inputs, rope(tensor, inputs) if rope else None, types)
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int, left: bool = True) -> Chunk:
@@ -146,17 +167,52 @@ def join(first: Chunk, second: Chunk) -> Chunk:
     return Chunk(torch.cat([first.ids, second.ids], 1), torch.cat([first.mask, second.mask], 1))
 
 
-def merge_media(items: Sequence[Encoded], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Image tensors of several samples as the model takes them: stacked over images, tiles padded with zeros."""
+def refuse_gaps(config: Any, chunk: Chunk, before: Chunk | None) -> None:
+    """Refuse padding between a row's tokens where layers slide over columns: they would see less than they should.
+
+    Args:
+        config: of the whole model.
+        before: what is cached already; None for a first piece, which is padded on its left alone.
+
+    Raises:
+        RotateKError: such a batch; documents must be read one at a time.
+    """
+    if before is not None and not bool(chunk.mask.all()) and geometry_of(config).hybrid:
+        raise RotateKError(f"{config.model_type} has sliding layers, and documents of different length leave gaps; use a batch size of 1")
+
+
+def merge_media(items: Sequence[Encoded], device: torch.device, dtype: torch.dtype, chunk: Chunk | None = None) -> dict[str, Tensor]:
+    """Image tensors of several samples as the model takes them: stacked over images, tiles and sizes padded with zeros.
+
+    With `chunk`, a left-padded batch whose rows begin the samples' prompts, also what the model wants to be told of its tokens.
+    """
     merged = {}
     for name in {key for item in items for key in item.media}:
         parts = [item.media[name] for item in items if name in item.media]
         if parts[0].dim() >= 4:  # [images, tiles, ...]: images may have different numbers of tiles
-            tiles = max(part.shape[1] for part in parts)
-            parts = [torch.cat([p, p.new_zeros(p.shape[0], tiles - p.shape[1], *p.shape[2:])], 1) for p in parts]
+            parts = _same_size(parts)
         tensor = torch.cat(parts).to(device)
         merged[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if chunk is not None:
+        for name in {key for item in items for key in item.token_types}:
+            types = torch.zeros_like(chunk.ids)
+            for row, item in enumerate(items):
+                own = item.token_types.get(name, [])[: int(chunk.mask[row].sum())]
+                first = chunk.ids.shape[1] - int(chunk.mask[row].sum())
+                types[row, first : first + len(own)] = torch.tensor(own, dtype=types.dtype)
+            merged[name] = types.to(device)
     return merged
+
+
+def _same_size(parts: list[Tensor]) -> list[Tensor]:
+    """Tensors that differ in any dimension but the first, padded with zeros behind to the largest."""
+    sizes = [max(part.shape[d] for part in parts) for d in range(1, parts[0].dim())]
+    padded = []
+    for part in parts:
+        missing = [size - have for size, have in zip(sizes, part.shape[1:], strict=True)]
+        # functional.pad counts from the last dimension, a pair (before, behind) each
+        padded.append(torch.nn.functional.pad(part, [n for size in reversed(missing) for n in (0, size)]))
+    return padded
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def compile_rival(
     """
     before = time.perf_counter()
     cutter = Cutter(model, geometry, {}, span_all=False)
-    artifact = rival_artifact(options, geometry, measure_knockouts(cutter, items, options.quiet, options.batch_size))
+    artifact = rival_artifact(options, geometry, measure_knockouts(cutter, items, options.quiet, geometry.rows_at_once(options.batch_size)))
     artifact.base_model, artifact.calibration, artifact.libraries = base, record | {"documents": len(items)}, library_versions()
     artifact.report = {
         "kv_bytes_per_token": {"dense": geometry.dense_bytes_per_token(), "compressed": artifact.bytes_per_token()},

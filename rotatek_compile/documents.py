@@ -11,14 +11,19 @@ from .errors import RotateKError
 from .geometry import Geometry
 
 
-def usable(data: DataSource, count: int) -> dict[int, str]:
+def usable(data: DataSource, count: int, text_only: bool = False) -> dict[int, str]:
     """Places and ids of the samples with an image and an answer, among the first `count`; every one is opened once.
+
+    For a text-only model those with an answer and no image.
 
     Raises:
         RotateKError: there is none.
         DataError: an image or row that cannot be read.
     """
-    found = {place: sample.id for place, sample in enumerate(data.samples(count)) if sample.images and sample.answers}
+    samples = enumerate(data.samples(count))
+    found = {place: sample.id for place, sample in samples if bool(sample.images) != text_only and sample.answers}
+    if not found and text_only:
+        raise RotateKError(f"{data.name} has no usable sample: a text-only model reads questions with an answer and without images")
     if not found:
         raise RotateKError(f"{data.name} has no usable sample: each needs at least one image and one answer")
     return found

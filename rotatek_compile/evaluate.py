@@ -17,13 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache
 
-from .batches import Chunk, Encoded, join, merge_media, pad, positions
+from .batches import Chunk, Encoded, join, merge_media, pad, positions, refuse_gaps
 from .outcomes import Outcome, Row, shares
+from .placement import input_device
 from .runtime.accounting import CacheBytes, cache_bytes
 from .runtime.cache import RotateKCache
 from .runtime.enable import active
 from .runtime.recording import Recording, fill, record, stock_cache
-from .scores import anls, exact_match
+from .scores import anls, exact_match, score
 
 ASK = ("after", "with")
 
@@ -60,7 +61,7 @@ class Evaluator:
 
     def __init__(self, model: Any, processor: Any, ask: str, eos: tuple[int, ...], max_new_tokens: int) -> None:
         self.model, self.processor, self.ask, self.eos, self.max_new_tokens = model, processor, ask, eos, max_new_tokens
-        self.device, self.dtype = next(model.parameters()).device, model.dtype
+        self.device, self.dtype = input_device(model), model.dtype
         self.pad_id = processor.tokenizer.pad_token_id or 0
 
     def dense_cache(self) -> Cache:
@@ -70,7 +71,7 @@ class Evaluator:
     def prefill(self, items: Sequence[Encoded]) -> Prefilled:
         """Run the exact part of the prompts, once for all methods."""
         chunk, rest = self._exact_part(items)
-        media = merge_media(items, self.device, self.dtype)
+        media = merge_media(items, self.device, self.dtype, chunk)
         if active(self.model) is not None:
             recording = record(self.model, **self._inputs(items, chunk, None), logits_to_keep=1, **media)
             return Prefilled(items, chunk, rest, recording.logits, recording)
@@ -98,7 +99,7 @@ class Evaluator:
     def answer(self, items: Sequence[Encoded], cache: Cache) -> Answered:
         """Prefill into this cache, then as `finish`: the path that `prefill` and `finish` must equal."""
         chunk, rest = self._exact_part(items)
-        logits = self._forward(items, chunk, None, cache, merge_media(items, self.device, self.dtype))
+        logits = self._forward(items, chunk, None, cache, merge_media(items, self.device, self.dtype, chunk))
         return self._answer(Prefilled(items, chunk, rest, logits, cache), cache)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -112,8 +113,8 @@ class Evaluator:
 
     def _answer(self, prefilled: Prefilled, cache: Cache) -> Answered:
         items, prefix, rest, first = prefilled.items, prefilled.chunk, prefilled.rest, prefilled.logits
-        whole = self.ask == "with"
-        # left-padded, so a row's answer positions are its last ones; with `with` the first answer token comes from the prefill
+        # left-padded, so a row's answer positions are its last ones; where nothing of the prompt is left (with `with`, or a chat template
+        # that ends on the image) the first answer token comes from the prefill
         forced = [r + item.answer[:-1] for r, item in zip(rest, items, strict=True)]
         logits = first[:, :0]
         if any(forced):
@@ -121,9 +122,9 @@ class Evaluator:
             logits = self._forward(items, pad(forced, self.pad_id), prefix, copy.deepcopy(cache), {}, keep=longest)
         logprobs = []
         for row, item in enumerate(items):
-            needed = len(item.answer) - whole
+            needed = len(item.answer) - (not rest[row])
             own = logits[row, logits.shape[1] - needed :]
-            parts = [first[row, -1:], own] if whole else [own]
+            parts = [own] if rest[row] else [first[row, -1:], own]
             logprobs.append(torch.cat(parts).double().log_softmax(-1))
         generated = self._greedy(items, rest, prefix, cache, first)
         lengths = zip(prefix.mask.sum(1).tolist(), rest, generated, strict=True)
@@ -135,6 +136,9 @@ class Evaluator:
         if any(rest):
             question = pad(rest, self.pad_id)
             logits, seen = self._forward(items, question, prefix, cache, {}), join(prefix, question)
+            for row, left in enumerate(rest):
+                if not left:
+                    logits[row, -1] = first[row, -1]
         out: list[list[int]] = [[] for _ in rest]
         done = [False] * len(rest)
         for number in range(self.max_new_tokens):
@@ -151,6 +155,7 @@ class Evaluator:
 
     def _inputs(self, items: Sequence[Encoded], chunk: Chunk, before: Chunk | None) -> dict[str, Tensor]:
         starts = before.mask.sum(1).tolist() if before else [0] * len(items)
+        refuse_gaps(self.model.config, chunk, before)
         return {
             "input_ids": chunk.ids.to(self.device),
             "attention_mask": (join(before, chunk) if before else chunk).mask.to(self.device),
@@ -222,6 +227,8 @@ def _score(name: str, evaluator: Evaluator, batch: list[Encoded], answered: Answ
                 answer_tokens=len(item.answer),
                 text=text,
                 bytes=own,
+                score=score(item.sample.metric, text, item.sample.answers, item.sample.details),
+                metric=item.sample.metric,
             )
         )
     return outcomes

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import RotateKError
+from .families import REFUSED, visual_token_ids
 
 FULL_ATTENTION = "full_attention"
+SHORT_ATTENTION = ("sliding_attention", "chunked_attention")  # these keep their stock cache layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +37,23 @@ class Geometry:
     position_axes: int = 1  # 3 with M-RoPE: time, height, width
 
     @property
+    def text_only(self) -> bool:
+        """The model reads no images: only text can be coded."""
+        return not self.visual_token_ids
+
+    @property
     def compressible(self) -> tuple[int, ...]:
         """Indices of the layers whose Keys can be coded: full attention; sliding layers are short already."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.layer_type == FULL_ATTENTION)
+
+    @property
+    def hybrid(self) -> bool:
+        """Some layers do not attend to everything: they count columns, so that no padding may stand between a row's tokens."""
+        return len(self.compressible) < len(self.layers)
+
+    def rows_at_once(self, batch_size: int) -> int:
+        """Documents that may be read in pieces side by side: pieces of different length are padded in between, which `hybrid` forbids."""
+        return 1 if self.hybrid else batch_size
 
     def dense_bytes_per_token(self) -> int:
         """Stock cache bytes of one token over the compressible layers, at 2 bytes a number (DESIGN.md §3)."""
@@ -101,6 +117,14 @@ def geometry_of(config: Any) -> Geometry:
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise RotateKError(f"model type {name!r} is an encoder-decoder; only decoder-only text models can be compiled")
+    if getattr(text, "is_decoder", True) is False:  # only models that can be either say so
+        raise RotateKError(f"model type {name!r} is not supported: as configured it attends in both directions and generates no text")
+    if name in REFUSED:
+        raise RotateKError(f"model type {name!r} is not supported: {REFUSED[name]}")
+    if getattr(text, "attn_logit_softcapping", None):
+        raise RotateKError(f"model type {name!r} caps its attention logits (soft-capping), which the compressed cache does not compute")
+    if getattr(text, "num_kv_shared_layers", None):
+        raise RotateKError(f"model type {name!r} shares Keys between layers, which the compressed cache does not know")
     if getattr(text, "kv_lora_rank", None):
         raise RotateKError(f"model type {name!r} caches latent attention (MLA) already; there are no Keys to compress")
     heads = getattr(text, "num_attention_heads", None)
@@ -109,9 +133,7 @@ def geometry_of(config: Any) -> Geometry:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     layer_types, _ = get_layer_types_and_kwargs(text)
-    layers = tuple(
-        LayerGeometry(layer_type=kind, query_heads=heads, kv_heads=kv_heads, head_dim=head_dim) for kind in layer_types
-    )
-    ids = (getattr(config, key, None) for key in ("image_token_id", "video_token_id"))
-    visual = tuple(i for i in ids if isinstance(i, int))
-    return Geometry(model_type=name, layers=layers, visual_token_ids=visual, position_axes=position_axes(text))
+    if other := sorted(set(layer_types) - {FULL_ATTENTION, *SHORT_ATTENTION}):
+        raise RotateKError(f"model type {name!r} is not supported: it has layers of type {', '.join(other)}")
+    layers = tuple(LayerGeometry(layer_type=kind, query_heads=heads, kv_heads=kv_heads, head_dim=head_dim) for kind in layer_types)
+    return Geometry(model_type=name, layers=layers, visual_token_ids=visual_token_ids(config), position_axes=position_axes(text))

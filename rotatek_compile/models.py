@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .aliases import ALIASES
+from .carried_files import check_carried_files
 from .errors import RotateKError, UsageError
+from .families import not_validated
 from .geometry import Geometry, geometry_of
+from .placement import AUTO, tensor_parallel_arguments
 
 BUNDLED = {"tiny-llava-next": "tiny_llava_next", "tiny-qwen3-vl": "tiny_qwen3_vl"}  # alias -> folder in calibration_data/
-ALIASES = dict.fromkeys(BUNDLED, "bundled with this package") | {"llava-next": "llava-hf/llava-v1.6-mistral-7b-hf"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FINGERPRINT_CHUNKS = 64  # pieces of 4 KiB hashed of each weight file
 
@@ -32,7 +36,9 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code} if not self.is_local else {}
+        # False and not left out: without it transformers asks on a terminal whether to run a checkpoint's code
+        trust = {"trust_remote_code": self.trust_remote_code}
+        return trust if self.is_local else trust | {"revision": self.revision}
 
 
 def bundled_path(alias: str) -> Path:
@@ -49,13 +55,15 @@ def resolve(name: str, revision: str | None = None, trust_remote_code: bool = Fa
         UsageError: neither an alias nor a Hub id.
         RotateKError: a path that does not exist or holds no config.json.
     """
-    if revision is not None and name not in ALIASES and Path(name).expanduser().is_dir():
-        raise UsageError(f"--revision {revision} is for Hub models, but {name} is a local directory; leave it out")
+    if revision is not None and (name in BUNDLED or (name not in ALIASES and Path(name).expanduser().is_dir())):
+        what = "bundled" if name in BUNDLED else "a local directory"
+        raise UsageError(f"--revision {revision} is for Hub models, but {name} is {what}; leave it out")
     if name in BUNDLED:
         return Source(name=name, location=str(bundled_path(name)), revision=None, is_local=True)
     if name in ALIASES:
-        return Source(name=ALIASES[name], location=ALIASES[name], revision=revision, is_local=False, trust_remote_code=trust_remote_code)
-    choices = f"{', '.join(sorted(ALIASES))}, a local directory, or a Hub id like org/name"
+        place = ALIASES[name].id
+        return Source(name=place, location=place, revision=revision, is_local=False, trust_remote_code=trust_remote_code)
+    choices = f"{', '.join(ALIASES)}, a local directory, or a Hub id like org/name"
     unknown = UsageError(f"unknown model {name!r}; use one of {choices}")
     path = Path(name).expanduser()
     if not name.strip():
@@ -89,21 +97,57 @@ def load_config(source: Source) -> Any:
         raise RotateKError(f"could not read the config of {source.name}: {_first_line(error)}") from error
 
 
-def checked_geometry(config: Any) -> Geometry:
-    """Geometry of a model that can be compiled.
+def pinned(source: Source, config: Any) -> Source:
+    """The source at the commit that its config was read from, so that weights and processor cannot be of another one."""
+    commit = commit_of(source, config)
+    return source if source.is_local or not commit else replace(source, revision=commit)
+
+
+def commit_of(source: Source, config: Any) -> str | None:
+    """The commit that a Hub model's config was read from: as transformers noted it, else (from 5.23 on) by its place in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if source.is_local:
+        return None
+    if commit := getattr(config, "_commit_hash", None):
+        return str(commit)
+    cached = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
+    return Path(cached).parent.name if isinstance(cached, str) else source.revision
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads a model of this config: image-text-to-text if there is one, else text only.
 
     Raises:
-        RotateKError: no image-text-to-text class, no image token, no pluggable attention, or nothing to compress.
+        RotateKError: there is neither.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    choices: tuple[Any, ...] = (AutoModelForImageTextToText, AutoModelForCausalLM)
+    for chosen in choices:
+        if type(config) in chosen._model_mapping:
+            return chosen
+    raise RotateKError(
+        f"model type {config.model_type!r} is not supported: transformers has no image-text-to-text and no causal language model for it"
+    )
+
+
+def text_only(config: Any) -> bool:
+    """Whether the model reads no images."""
+    return auto_class(config).__name__ == "AutoModelForCausalLM"
+
+
+def checked_geometry(config: Any) -> Geometry:
+    """Geometry of a model that can be compiled; an architecture that no test has run is warned of.
+
+    Raises:
+        RotateKError: no class that generates text, no image token, no pluggable attention, or nothing to compress.
+    """
     geometry = geometry_of(config)
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
-        raise RotateKError(f"model type {config.model_type!r} is not supported: transformers has no image-text-to-text model for it")
-    model_class: Any = AutoModelForImageTextToText._model_mapping[type(config)]
+    model_class: Any = auto_class(config)._model_mapping[type(config)]
     if not getattr(model_class, "_supports_attention_backend", False):
         raise RotateKError(f"{model_class.__name__} is not supported: it does not use transformers' attention interface")
-    if not geometry.visual_token_ids:
+    if not geometry.visual_token_ids and not text_only(config):
         raise RotateKError(f"model type {config.model_type!r} is not supported: its config names no image token")
     if not geometry.compressible:
         kinds = sorted({layer.layer_type for layer in geometry.layers})
@@ -111,6 +155,9 @@ def checked_geometry(config: Any) -> Geometry:
     for index in geometry.compressible:
         if geometry.layers[index].head_dim % 8:
             raise RotateKError(f"head_dim {geometry.layers[index].head_dim} of layer {index} is not a multiple of 8; it is not supported")
+    if reason := not_validated(config):
+        words = f"{reason}; compare with the stock cache (rotatek-eval, rotatek-run --compare-dense) before you rely on the artifact"
+        warnings.warn(words, stacklevel=2)
     return geometry
 
 
@@ -126,71 +173,79 @@ def choose_dtype(name: str | None, config: Any, device: torch.device) -> torch.d
 
 
 def choose_device(name: str | None) -> torch.device:
-    """`--device` by name; by default the first GPU if there is one.
+    """`--device` by name; by default the first GPU if there is one. `auto` spreads a model and begins there too.
 
     Raises:
         RotateKError: the device does not exist here.
     """
-    if name is None:
+    if name in (None, AUTO):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from error
+        raise UsageError(f"unknown device {name!r}; use cpu, cuda, cuda:N or auto") from error
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+        raise UsageError(f"device {name!r} is not supported; use cpu, cuda, cuda:N or auto")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise RotateKError(f"device {name} is not available: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device cpu")
     return device
 
 
-def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model in eval mode, on the device.
+def load_model(source: Source, dtype: torch.dtype, device: torch.device, spread: bool = False, tensor_parallel: bool = False) -> Any:
+    """The model in eval mode, on the device; with `spread` wherever accelerate finds room, over all GPUs, then in main memory;
+    with `tensor_parallel` this process's part of it, as transformers splits it between the launched ones.
 
     Raises:
-        RotateKError: the weights cannot be fetched or read.
+        RotateKError: the weights cannot be fetched or read, or transformers has no class for them.
     """
-    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    config = load_config(source)
+    chosen = auto_class(config)
     try:
-        both: Any = AutoModelForImageTextToText.from_pretrained(
-            source.location, dtype=dtype, output_loading_info=True, **source.arguments
-        )
+        # a quantiser places the weights while it reads them, and some kinds cannot be moved afterwards
+        quantised = getattr(config, "quantization_config", None) is not None
+        placed: dict[str, Any] = {"device_map": AUTO if spread else {"": str(device)}} if quantised or spread else {}
+        if tensor_parallel:
+            placed = tensor_parallel_arguments()
+        both: Any = chosen.from_pretrained(source.location, dtype=dtype, output_loading_info=True, **placed, **source.arguments)
         model, loaded = both
+    except ImportError as error:  # a quantised checkpoint whose library is not installed
+        raise RotateKError(f"the weights of {source.name} need a package that is missing: {_first_line(error)}; install it") from error
     except Exception as error:  # safetensors and torch have error types of their own for damaged files
         raise RotateKError(f"could not load the weights of {source.name}: {_first_line(error)}; check or download them again") from error
     if missing := sorted(loaded["missing_keys"]):
         # transformers would go on with random numbers in their place
         raise RotateKError(f"the weights of {source.name} lack {len(missing)} tensors, the first is {missing[0]}; download them again")
-    return model.to(device).eval()
+    return (model if placed else model.to(device)).eval()
 
 
 def load_processor(source: Source, directory: Path | None = None) -> Any:
     """The processor, from `directory` (an artifact that carries its files) or from the source.
 
-    Where torchvision is missing, a processor that also takes videos is loaded for images and text alone (processors.py).
+    Where torchvision is missing, a processor that also takes videos is loaded for images and text alone; a text-only model has a
+    tokenizer, which is given the calls of a processor (both: processors.py).
 
     Raises:
-        RotateKError: it cannot be read, or has no chat template.
+        RotateKError: it cannot be read, or a model that reads images has no image processor or chat template.
     """
-    from transformers import AutoProcessor
-
     location: str | Path = source.location
     arguments = source.arguments
-    if directory is not None and any((directory / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        location, arguments = directory, {}
+    no_images = text_only(load_config(source))
+    files = ("tokenizer_config.json",) if no_images else ("processor_config.json", "preprocessor_config.json")
+    if directory is not None and any((directory / name).is_file() for name in files):
+        check_carried_files(directory)
+        location, arguments = directory, {"trust_remote_code": False}  # left out, transformers would ask
     try:
-        try:
-            processor = AutoProcessor.from_pretrained(location, **arguments)
-        except (ImportError, ValueError):  # which of the two depends on how the checkpoint names its video processor
-            from .processors import load_without_videos
+        if no_images:
+            from transformers import AutoTokenizer
 
-            processor = load_without_videos(location, **arguments)
-            if processor is None:
-                raise
+            from .processors import TextProcessor
+
+            return TextProcessor(AutoTokenizer.from_pretrained(location, **arguments))
+        processor = _stock_processor(location, arguments)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise RotateKError(f"could not load the processor of {source.name}: {_first_line(error)}") from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
@@ -200,11 +255,25 @@ def load_processor(source: Source, directory: Path | None = None) -> Any:
     return processor
 
 
+def _stock_processor(location: str | Path, arguments: dict[str, Any]) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(location, **arguments)
+    except (ImportError, ValueError):  # which of the two depends on how the checkpoint names its video processor
+        from .processors import load_without_videos
+
+        processor = load_without_videos(location, **arguments)
+        if processor is None:
+            raise
+        return processor
+
+
 def identity(source: Source, config: Any) -> dict[str, Any]:
     """What an artifact records of its base: id and commit of a Hub model, id and fingerprint of a local one."""
     if source.is_local:
         return {"id": source.name, "revision": None, "fingerprint": fingerprint(Path(source.location))}
-    return {"id": source.name, "revision": getattr(config, "_commit_hash", None) or source.revision, "fingerprint": None}
+    return {"id": source.name, "revision": commit_of(source, config), "fingerprint": None}
 
 
 def fingerprint(directory: Path) -> str:
@@ -213,6 +282,8 @@ def fingerprint(directory: Path) -> str:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     digest.update(json.dumps(config, sort_keys=True).encode())
     for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+        if file.name == "rotatek.safetensors":
+            continue  # an artifact that carries its base weights
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as stream:

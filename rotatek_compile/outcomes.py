@@ -27,6 +27,7 @@ BYTE_KEYS = {
 class Outcome:
     """One document answered by one method.
 
+    score: by the data set's own metric (scores.py), which `metric` names.
     kl: sum over the answer tokens of KL(dense || method) in nats; bytes: the fields of `CacheBytes`. A batch is one cache: a
     document's bytes are its part of the batch's, by real tokens, so that sums over documents are exact.
     """
@@ -40,6 +41,8 @@ class Outcome:
     answer_tokens: int
     text: str
     bytes: dict[str, float]
+    score: float = 0.0
+    metric: str = "exact_match"
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Outcome:
@@ -87,14 +90,18 @@ class Row:
         return Row(self.method, [o for o in self.outcomes if o.skill == skill])
 
     def accuracy(self) -> dict[str, Any]:
-        """Scores with 95 % intervals over documents: exact match, ANLS, and KL in nats per answer token."""
+        """Scores with 95 % intervals over documents: the data set's own metric, exact match, ANLS, and KL in nats per answer token."""
         outcomes = self.outcomes
         if not outcomes:
-            return {"samples": 0, "exact_match": 0.0, "anls": 0.0, "kl": 0.0}
+            return {"samples": 0, "metric": "exact_match", "score": 0.0, "exact_match": 0.0, "anls": 0.0, "kl": 0.0}
         draws, tokens = Bootstrap(len(outcomes)), [o.answer_tokens for o in outcomes]
         exact, similar, kl = [o.exact for o in outcomes], [o.anls for o in outcomes], [o.kl for o in outcomes]
+        own = [o.score for o in outcomes]
         return {
             "samples": len(outcomes),
+            "metric": outcomes[0].metric,
+            "score": sum(own) / len(outcomes),
+            "score_interval": list(draws.interval(own)),
             "exact_match": sum(exact) / len(outcomes),
             "exact_match_interval": list(draws.interval(exact)),
             "anls": sum(similar) / len(outcomes),

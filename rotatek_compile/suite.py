@@ -114,6 +114,7 @@ def facts_of(
     return {
         "data": source.name if source.split != "local" else Path(source.name).name,
         "data_revision": source.revision,
+        **({"data_repository": source.repository, "data_split": source.split} if source.repository else {}),
         "documents": len(ids),
         "document_ids": source.hash_ids(list(ids)),
         "artifact": artifact_hash(artifact),

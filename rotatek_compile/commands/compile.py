@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from ..errors import UsageError
+from ..parallel import is_main
 
 
 @click.command("compile", help="Compile MODEL's KV cache on calibration data and write an artifact.")
 @click.option("--model", help="Alias, local directory or Hub id; see --list-models.")
-@click.option("--calib", help="Data set name or local path; see --list-data.")
+@click.option("--calib", help="Data set name, local path or Hub id; see --list-data.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact directory. Default: artifacts/MODEL-CALIB.")
 @click.option("--method", default="rotatek", show_default=True, help="rotatek, or a rival: head-drop, head-drop-native, int4, kivi2, ...")
 @click.option("--keep-ratio", type=float, help="Fraction of Key directions kept, mean over heads. Default: 0.25.")
@@ -26,9 +27,13 @@ from ..errors import UsageError
 @click.option("--batch-size", type=int, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--dtype", help="float32, float16 or bfloat16. Default: the checkpoint's on a GPU, float32 on a CPU.")
-@click.option("--device", help="cpu, cuda or cuda:N. Default: a GPU if there is one.")
+@click.option("--device", help="cpu, cuda, cuda:N, or auto (spread over all GPUs). Default: a GPU if there is one.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--calib-revision", help="Branch, tag or commit of calibration data on the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Let a Hub model run its own code (off).")
+@click.option("--with-weights", is_flag=True, help="Put the model's weights beside the artifact (hard links where possible).")
+@click.option("--push-to-hub", "repo", metavar="REPO", help="Push the artifact to ORG/NAME on the Hugging Face Hub when it is done.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: make a new repository private.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 @click.option("--dry-run", is_flag=True, help="Show plan, geometry and estimated bytes; load no weights.")
@@ -39,23 +44,30 @@ from ..errors import UsageError
 def command(model: str | None, calib: str | None, output: Path | None, **options: Any) -> None:
     as_json, dry_run = options.pop("as_json"), options.pop("dry_run")
     if options.pop("list_models"):
-        from ..models import ALIASES
+        from .. import aliases
 
-        click.echo(json.dumps(ALIASES) if as_json else "\n".join(f"{name:18} {where}" for name, where in ALIASES.items()))
+        click.echo(json.dumps({name: alias.to_json() for name, alias in aliases.ALIASES.items()}) if as_json else aliases.table())
         return
     if options.pop("list_data"):
-        from ..calibration_data.registry import DATASETS
+        from ..calibration_data import registry
 
-        click.echo(json.dumps(DATASETS) if as_json else "\n".join(f"{name:18} {what}" for name, what in DATASETS.items()))
+        click.echo(json.dumps(registry.listing()) if as_json else registry.table())
         return
     if model is None or calib is None:
         raise UsageError(f"--{'model' if model is None else 'calib'} is missing; see --list-models and --list-data")
     if options["resume"] and dry_run:
         raise UsageError("--resume and --dry-run contradict each other; leave one out")
+    repo, private = options.pop("repo"), options.pop("private")
+    if private and repo is None:
+        raise UsageError("--private comes with --push-to-hub REPO")
     from ..compiler import CompileOptions, compile_artifact, prepare
 
     target = output or Path("artifacts") / f"{Path(model).resolve().name}-{Path(calib).resolve().stem}"
     chosen = CompileOptions(model=model, calib=calib, output=target, **options)
+    if repo is not None and is_main():
+        from ..hub_push import check_target, describe, push_compiled
+
+        place = check_target(repo, private=private)  # before hours of work
     if dry_run:
         plan = prepare(chosen)
         dense, compressed = plan.bytes_per_token(chosen.keep_ratio)
@@ -96,4 +108,8 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
             + "seconds: "
             + ", ".join(f"{name.replace('_', ' ')} {seconds[name]}" for name in (*parts, "total"))
         )
-    click.echo(json.dumps(summary) if as_json else text)
+        if repo is not None and is_main():
+            pushed = push_compiled(target, place, options["with_weights"], options["quiet"])
+            summary["pushed"], text = pushed.to_json(), f"{text}\n{describe(pushed)}"
+    if is_main():  # under torchrun the others have helped
+        click.echo(json.dumps(summary) if as_json else text)

@@ -9,11 +9,13 @@ from typing import Any
 import click
 
 from ..errors import RotateKError, UsageError
+from ..parallel import launched
 
 
-@click.command("eval", help="Measure ARTIFACT against the dense model, and against other methods, on a data set.")
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="Data set name or local path.")
+@click.command("eval", help="Measure ARTIFACT (a directory, or ORG/NAME on the Hub) against the dense model and other methods.")
+@click.argument("artifact")
+@click.option("--data", required=True, help="Data set name, local path or Hub id; rotatek-compile --list-data shows names.")
+@click.option("--data-revision", help="Branch, tag or commit of data on the Hub.")
 @click.option("--ask", help="after: the question comes once the images are compressed; with: before.  [default: after; suites: both]")
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="Another method too: rotatek or a rival; may repeat.")
 @click.option("--kv-budget", "budgets", type=float, multiple=True, metavar="F", help="KV bytes of images over dense; may repeat.")
@@ -22,19 +24,21 @@ from ..errors import RotateKError, UsageError
 @click.option("--quick", is_flag=True, help="Only 12 documents: minutes on a small machine.")
 @click.option("--num-samples", type=int, help="Documents.  [default: 50]")
 @click.option("--batch-size", type=int, default=4, show_default=True)
-@click.option("--max-new-tokens", type=int, default=32, show_default=True)
+@click.option("--max-new-tokens", type=int, help="Longest answer.  [default: 32, or what the benchmark allows]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--backend", type=click.Choice(["auto", "triton", "torch", "reconstruct"]), default="auto", show_default=True)
 @click.option("--no-fallback", is_flag=True, help="Never keep more than planned.")
 @click.option("--model", help="Base weights other than the recorded ones.")
+@click.option("--revision", help="Branch, tag or commit of an artifact on the Hub.")
 @click.option("--dtype", help="float32, float16 or bfloat16.")
-@click.option("--device", help="cpu, cuda or cuda:N.")
+@click.option("--device", help="cpu, cuda, cuda:N, or auto: spread over all GPUs.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for results.csv and documents.jsonl.")
 @click.option("--resume", is_flag=True, help="Go on with the evaluation in --output.")
 @click.option("--plot", is_flag=True, help="Draw the results into --output (needs matplotlib).")
+@click.option("--write-card", is_flag=True, help="Write the figures into the artifact's model card (README.md).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def command(artifact: Path, data: str, **options: Any) -> None:
+def command(artifact: str, data: str, **options: Any) -> None:
     _check(options)
     from ..evaluate import ASK
 
@@ -53,6 +57,8 @@ def command(artifact: Path, data: str, **options: Any) -> None:
 
 
 def _check(options: dict[str, Any]) -> None:
+    if launched()[1] > 1:
+        raise UsageError("rotatek-eval runs in one process; start it without torchrun, with --device auto to use several GPUs")
     for name in ("num_samples", "batch_size", "max_new_tokens"):
         if options[name] is not None and options[name] < 1:
             raise UsageError(f"--{name.replace('_', '-')} {options[name]} is out of range; it must be at least 1")
@@ -73,13 +79,14 @@ def _check(options: dict[str, Any]) -> None:
             raise UsageError(f"--{name} needs --output DIR")
 
 
-def _measure(artifact: Path, data: str, asks: tuple[str, ...], options: dict[str, Any]) -> tuple[list[Any], int]:
+def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str, Any]) -> tuple[list[Any], int]:
     from ..api import base_source, load_base
-    from ..artifact import read_artifact
     from ..batches import end_ids, rope_index
     from ..calibration_data.registry import open_data
+    from ..card import require_card
     from ..documents import Documents, usable
     from ..evaluate import Evaluator
+    from ..hub import open_artifact
     from ..journal import FILE, Journal
     from ..methods import SUITES, Methods
     from ..models import choose_device
@@ -95,13 +102,16 @@ def _measure(artifact: Path, data: str, asks: tuple[str, ...], options: dict[str
     output, size = options["output"], options["batch_size"]
     if output is not None and not options["resume"] and (output / FILE).exists():
         raise RotateKError(f"{output / FILE} holds an evaluation already; pass --resume to go on with it, or another --output")
-    read = read_artifact(artifact)
-    source = open_data(data, "evaluation", options["seed"])
+    read = open_artifact(artifact, options["revision"])
+    if options["write_card"]:
+        require_card(read)
+    source = open_data(data, "evaluation", options["seed"], options["data_revision"], images=not read.geometry.text_only)
+    options["max_new_tokens"] = options["max_new_tokens"] or source.max_new_tokens
     choose_backend(options["backend"], choose_device(options["device"]))
     count = QUICK_DOCUMENTS if options["quick"] else options["num_samples"] or 50
-    samples = usable(source, count)  # before weights are loaded: a picture that does not open is said at once
+    samples = usable(source, count, read.geometry.text_only)  # before weights are loaded: a picture that does not open is said at once
     model, processor = load_base(read, model=options["model"], dtype=options["dtype"], device=options["device"])
-    eos = end_ids(model)
+    eos, size = end_ids(model), read.geometry.rows_at_once(size)
     items = Documents(source, samples, processor, read.geometry, eos[0], rope_index(model))
     evaluators = [Evaluator(model, processor, ask, eos, options["max_new_tokens"]) for ask in asks]
     with enable(model, read, backend=options["backend"], fallback=not options["no_fallback"]) as active:
@@ -111,11 +121,13 @@ def _measure(artifact: Path, data: str, asks: tuple[str, ...], options: dict[str
         else:
             chosen = methods.chosen(options["methods"], options["budgets"], options["ratios"])
             entries = [methods.dense(), methods.compiled(), *chosen]
-        if output is None:
-            return run_entries(evaluators, entries, items, size, options["quiet"]), len(items)
         same = {name: options[name] for name in ("seed", "max_new_tokens", "batch_size")}
         same |= {"backend": active.backend.name, "fallback": not options["no_fallback"]}
         facts = facts_of(read, base_source(read, options["model"]), evaluators[0], source, list(samples.values()), same)
+        if output is None:
+            measured = run_entries(evaluators, entries, items, size, options["quiet"])
+            _write_card(read, measured, facts, options)
+            return measured, len(items)
         labels = [entry.label for entry in entries]
         with Journal(output, facts, asks, labels, batch_sizes(len(items), size), options["resume"]) as journal:
             try:
@@ -123,18 +135,31 @@ def _measure(artifact: Path, data: str, asks: tuple[str, ...], options: dict[str
             except KeyboardInterrupt:
                 raise RotateKError(f"interrupted; what was measured is in {journal.file}, go on with --resume") from None
         file = write_results(output, measured, facts)
+        _write_card(read, measured, facts, options)
         if options["plot"]:
             plot_results(read_results(file), output)
     return measured, len(items)
+
+
+def _write_card(artifact: Any, measured: list[Any], facts: dict[str, Any], options: dict[str, Any]) -> None:
+    from ..card import base_name, write_measured
+
+    if options["write_card"]:
+        write_measured(artifact.path, base_name(artifact)[1], [m.to_json() for m in measured], facts)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
     short = [row["method"] == "artifact" or not row["setting"] for row in rows]
     named = [(row["method"] if alone else f"{row['method']} ({row['setting']})", row) for alone, row in zip(short, rows, strict=True)]
     width = max(10, *(len(name) for name, _ in named))
-    click.echo(f"{'method':{width}} {'exact':>7} {'ANLS':>7} {'KL':>10} {'KV bytes':>12} {'dense':>12} {'coded span':>12} {'dense':>12}")
-    for name, row in named:
+    metric = rows[0]["metric"]  # the data set's own; those of every row are always shown
+    wide = max(7, len(metric)) if metric not in ("exact_match", "anls") else 0
+    own = [f" {row['score']:{wide}.3f}" if wide else "" for row in rows]
+    title = f" {metric:>{wide}}" if wide else ""
+    sizes = f"{'KV bytes':>12} {'dense':>12} {'coded span':>12} {'dense':>12}"
+    click.echo(f"{'method':{width}}{title} {'exact':>7} {'ANLS':>7} {'KL':>10} {sizes}")
+    for (name, row), score in zip(named, own, strict=True):
         click.echo(
-            f"{name:{width}} {row['exact_match']:7.3f} {row['anls']:7.3f} {row['kl']:10.2e} {row['kv_bytes']:12,.0f} "
+            f"{name:{width}}{score} {row['exact_match']:7.3f} {row['anls']:7.3f} {row['kl']:10.2e} {row['kv_bytes']:12,.0f} "
             f"{row['kv_bytes_dense']:12,.0f} {row['span_bytes']:12,.0f} {row['span_bytes_dense']:12,.0f}"
         )

@@ -13,6 +13,7 @@ import click
 
 from .._version import __version__
 from ..errors import RotateKError
+from ..parallel import is_main, speaks_for_failure
 
 
 def run(command: click.Command) -> None:
@@ -53,13 +54,14 @@ def _drop_output() -> None:
 
 
 def _fail(sentence: str, code: int = 1) -> None:
-    click.echo(f"error: {sentence}", err=True)
+    if speaks_for_failure():  # of several processes that fail for one reason, one says it
+        click.echo(f"error: {sentence}", err=True)
     sys.exit(code)
 
 
 def _print_warning(message: Any, category: type[Warning], *rest: Any) -> None:
     # ours change results and are always shown; a library's are for its developers
-    if category is UserWarning and rest and str(rest[0]).startswith(_our_folders()):
+    if category is UserWarning and is_main() and rest and str(rest[0]).startswith(_our_folders()):
         click.echo(f"warning: {message}", err=True)
 
 
@@ -76,7 +78,7 @@ class Group(click.Group):
     """Imports a command's module only when it is asked for, so that --help stays quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["compile", "run", "eval", "inspect"]
+        return ["compile", "run", "eval", "inspect", "push"]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in self.list_commands(ctx):
@@ -121,5 +123,12 @@ def eval_main() -> None:
 def inspect_main() -> None:
     """`rotatek-inspect`"""
     from .inspect import command
+
+    run(command)
+
+
+def push_main() -> None:
+    """`rotatek-push`"""
+    from .push import command
 
     run(command)

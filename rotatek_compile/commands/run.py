@@ -9,45 +9,68 @@ from typing import Any
 import click
 
 from ..errors import UsageError
+from ..parallel import is_main, launched, local_device
 
 
-@click.command("run", help="Answer PROMPT about images with the compressed cache of ARTIFACT.")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.command(
+    "run", help="Answer PROMPT about images or a video with the compressed cache of ARTIFACT (a directory, or ORG/NAME on the Hub)."
+)
+@click.argument("artifact")
 @click.option("--image", "images", multiple=True, help="Image file; repeat for several pages.")
+@click.option("--video", help="Video file, or a folder of frames; it becomes one segment of the cache.")
+@click.option("--num-frames", type=int, default=16, show_default=True, help="Most frames of the video, evenly spread.")
+@click.option("--fps", type=float, help="Frames a second of a folder of frames (1 unless given).")
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
 @click.option("--compare-dense", is_flag=True, help="Answer with the stock cache too, and show both.")
 @click.option("--backend", type=click.Choice(["auto", "triton", "torch", "reconstruct"]), default="auto", show_default=True)
 @click.option("--no-fallback", is_flag=True, help="Never keep more than planned, however unusual the image.")
+@click.option("--keep-ratio", type=float, help="Another fraction of Key directions than the artifact's plan keeps.")
+@click.option("--kv-budget", type=float, help="Another budget, as a fraction of the dense bytes of coded tokens.")
+@click.option("--adapter", help="A peft adapter (directory or Hub id) to put on the base weights.")
+@click.option("--attn-implementation", help="What attends tokens that arrive together: sdpa, flash_attention_2, eager.")
 @click.option("--model", help="Base weights other than the recorded ones.")
+@click.option("--revision", help="Branch, tag or commit of an artifact on the Hub.")
 @click.option("--dtype", help="float32, float16 or bfloat16.")
-@click.option("--device", help="cpu, cuda or cuda:N.")
+@click.option("--device", help="cpu, cuda, cuda:N, or auto: spread over all GPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", is_flag=True, help="Print the answer only.")
-def command(artifact: Path, images: tuple[str, ...], prompt: str, **options: Any) -> None:
+def command(artifact: str, images: tuple[str, ...], prompt: str, **options: Any) -> None:
     if options["max_new_tokens"] < 1:
         raise UsageError(f"--max-new-tokens {options['max_new_tokens']} is out of range; it must be at least 1")
     if not prompt.strip():
         raise UsageError("--prompt is empty; write a question")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UsageError("--prompt is not valid text in this terminal's encoding; pass it as UTF-8")
+    if options["fps"] is not None and not options["video"]:
+        raise UsageError(f"--fps {options['fps']:g} belongs to --video; name the folder of frames")
     from ..answer import answer_once, comparison
-    from ..api import load_base
-    from ..artifact import read_artifact
+    from ..api import dressed, load_base
     from ..calibration_data.local import open_image
+    from ..hub import open_artifact
     from ..models import choose_device
+    from ..replan import replanned
     from ..runtime.backends import choose_backend
     from ..runtime.enable import enable
+    from ..video import read_clip
 
-    read = read_artifact(artifact)
+    read = open_artifact(artifact, options["revision"])
+    plan = {name: options[name] for name in ("keep_ratio", "kv_budget")}
+    used = read if all(value is None for value in plan.values()) else replanned(read, **plan)
     pages = [open_image(Path(name), f"--image {name}") for name in images]
-    choose_backend(options["backend"], choose_device(options["device"]))  # refused before weights are loaded
-    model, processor = load_base(read, model=options["model"], dtype=options["dtype"], device=options["device"])
-    show = not options["as_json"]
-    with enable(model, read, backend=options["backend"], fallback=not options["no_fallback"]):
-        result = answer_once(model, processor, pages, prompt, options["max_new_tokens"], stream=show)
-    dense = answer_once(model, processor, pages, prompt, options["max_new_tokens"], stream=False) if options["compare_dense"] else None
+    clip = read_clip(Path(options["video"]), options["num_frames"], options["fps"]) if options["video"] else None
+    device, shared = local_device(options["device"]), launched()[1] > 1  # under torchrun the processes share the model's heads
+    choose_backend(options["backend"], choose_device(device))  # refused before weights are loaded
+    model, processor = load_base(read, model=options["model"], dtype=options["dtype"], device=device, tensor_parallel=shared)
+    model = dressed(model, options["attn_implementation"], options["adapter"])
+    show = not options["as_json"] and is_main()
+    asked = (model, processor, pages, prompt, options["max_new_tokens"])
+    with enable(model, used, backend=options["backend"], fallback=not options["no_fallback"]):
+        result = answer_once(*asked, stream=show, clip=clip)
+    dense = answer_once(*asked, stream=False, clip=clip) if options["compare_dense"] else None
     summary = result.to_json() | {"dense": dense.to_json() if dense else None}
+    if not is_main():
+        return
     if not show:
         click.echo(json.dumps(summary))
     elif not options["quiet"]:

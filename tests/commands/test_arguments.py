@@ -18,8 +18,8 @@ import pytest
         (["--allocation", "greedy"], "unknown --allocation 'greedy'; choose one of allocated, uniform"),
         (["--span", "images"], "unknown --span 'images'; choose one of visual, all"),
         (["--dtype", "int8"], "unknown dtype 'int8'; choose one of float32, float16, bfloat16"),
-        (["--device", "gpu"], "unknown device 'gpu'; use cpu, cuda or cuda:N"),
-        (["--device", "meta"], "device 'meta' is not supported; use cpu, cuda or cuda:N"),
+        (["--device", "gpu"], "unknown device 'gpu'; use cpu, cuda, cuda:N or auto"),
+        (["--device", "meta"], "device 'meta' is not supported; use cpu, cuda, cuda:N or auto"),
         (["--revision", "main"], "--revision main is for Hub models"),
         (["--resume", "--dry-run"], "--resume and --dry-run contradict each other"),
         (["--no-such-option"], "No such option"),
@@ -36,7 +36,7 @@ def test_compile_options(cli, checkpoint, data_file, tmp_path, untouched, argume
     [
         (["--calib", "forms"], "--model is missing; see --list-models"),
         (["--model", "tiny-llava-next"], "--calib is missing"),
-        (["--model", "lava", "--calib", "forms"], "unknown model 'lava'; use one of llava-next, tiny-llava-next, tiny-qwen3-vl, a local"),
+        (["--model", "lava", "--calib", "forms"], "unknown model 'lava'; use one of tiny-llava-next, tiny-qwen3-vl, llava-next, "),
         (["--model", "", "--calib", "forms"], "unknown model ''"),
     ],
 )
@@ -96,11 +96,11 @@ def test_lists(cli):
 
     models = cli("compile", "--list-models")
     assert models.code == 0 and "llava-hf/llava-v1.6-mistral-7b-hf" in models.out and models.err == ""
-    assert json.loads(cli("compile", "--list-models", "--json").out) == {
-        "tiny-llava-next": "bundled with this package",
-        "tiny-qwen3-vl": "bundled with this package",
-        "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf",
-    }
+    listed = json.loads(cli("compile", "--list-models", "--json").out)
+    assert listed["tiny-qwen3-vl"]["id"] == "bundled with this package"
+    assert listed["llava-next"] == {"id": "llava-hf/llava-v1.6-mistral-7b-hf", "family": "LLaVA-NeXT", "licence": "apache-2.0"}
     names = ["forms", "tables", "letters", "charts", "mixed"]
-    assert list(json.loads(cli("compile", "--list-data", "--json").out)) == names
-    assert [line.split()[0] for line in cli("compile", "--list-data").out.splitlines()] == names
+    names += ["docvqa", "infovqa", "chartqa", "textvqa", "ocrbench", "scienceqa", "mathvista", "refcoco"]
+    data = json.loads(cli("compile", "--list-data", "--json").out)
+    assert list(data) == names and data["chartqa"]["metric"] == "relaxed_accuracy"
+    assert [line.split()[0] for line in cli("compile", "--list-data").out.splitlines()] == ["name", *names]

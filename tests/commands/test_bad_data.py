@@ -55,7 +55,7 @@ def test_broken_json_lines(cli, compiled, checkpoint, tmp_path, untouched, conte
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("forms2", "unknown data set 'forms2'; use one of forms, tables, letters, charts, mixed, or a path"),
+        ("forms2", "unknown data set 'forms2'; use one of forms, tables, letters, charts, mixed, docvqa,"),
         ("forms:cell", "unknown skill in 'forms:cell'; forms has forms:field, forms:missing, forms:larger, forms:page"),
         ("charts:", "unknown skill in 'charts:'; charts has charts:chart"),
         ("./no.jsonl", "data path ./no.jsonl does not exist"),

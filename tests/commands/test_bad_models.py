@@ -21,7 +21,8 @@ def config_only(folder, config):
     [
         ({"model_type": "bert"}, "model type 'bert' is not supported"),
         ({"model_type": "t5"}, "model type 't5' is an encoder-decoder"),
-        ({"model_type": "llama"}, "model type 'llama' is not supported: transformers has no image-text-to-text model"),
+        ({"model_type": "clip"}, "model type 'clip' is not supported: transformers has no image-text-to-text and no causal language model"),
+        ({"model_type": "gemma2"}, "model type 'gemma2' caps its attention logits"),
         ({"model_type": "never-heard-of"}, "could not read the config"),
         ({}, "could not read the config"),
         ([1, 2], "could not read the config"),

@@ -147,3 +147,24 @@ def test_finished_batches_are_not_run_again(tiny, fake_processor, documents):
     again = []
     rest = evaluate(run, documents, methods, 2, finished=[kept[0][1], kept[1][1]], keep=lambda number, found: again.append(number))
     assert again == [2] and rest == whole
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("cut", [(0, 1, 2), (1,)])
+def test_a_prompt_that_ends_on_its_image(tiny, fake_processor, documents, make_artifact, batch, cut):
+    """Some chat templates put the image last: the first answer token then comes from the prefill, whatever the other rows hold."""
+    from dataclasses import replace
+
+    items = [replace(d, prompt=d.prompt[: d.visual_end]) if n in cut else d for n, d in enumerate(documents[:3])]
+    assert any(item.visual_end == len(item.prompt) for item in items)
+    run = evaluator(tiny, fake_processor, "after")
+    for start in range(0, len(items), batch):
+        part = items[start : start + batch]
+        answered = run.answer(part, run.dense_cache())
+        for item, got, ids in zip(part, answered.logprobs, answered.generated, strict=True):
+            assert (got - logprobs(tiny, item)).abs().max() < 1e-4
+            prompt = torch.tensor([item.prompt])
+            stock = tiny.generate(input_ids=prompt, **item.media, max_new_tokens=6, do_sample=False, eos_token_id=EOS)
+            assert ids == stock[0, prompt.shape[1] :].tolist()
+    _, full = rows(tiny, fake_processor, items, make_artifact(span="all"), "after", batch)
+    assert full.kl < 1e-6

@@ -15,10 +15,13 @@ def test_resolve(checkpoint, monkeypatch):
         assert (bundled.name, bundled.is_local, bundled.location) == (name, True, str(models.bundled_path(name)))
     alias = models.resolve("llava-next", "abc")
     assert (alias.location, alias.revision, alias.is_local) == ("llava-hf/llava-v1.6-mistral-7b-hf", "abc", False)
+    for name in models.BUNDLED:
+        with pytest.raises(UsageError, match=f"--revision abc is for Hub models, but {name} is bundled; leave it out"):
+            models.resolve(name, "abc")
     hub = models.resolve("org/name", "main", trust_remote_code=True)
     assert hub.arguments == {"revision": "main", "trust_remote_code": True}
     local = models.resolve(str(checkpoint), trust_remote_code=True)
-    assert local.is_local and local.arguments == {}  # a local directory never runs code of its own
+    assert local.is_local and local.arguments == {"trust_remote_code": False}  # a local directory never runs code of its own
     monkeypatch.chdir(checkpoint.parent)
     assert models.resolve(checkpoint.name).name == str(checkpoint)
 
@@ -27,12 +30,12 @@ def test_resolve(checkpoint, monkeypatch):
 def test_bundled_checkpoint_is_where_resolve_says(name, model_type):
     geometry = models.checked_geometry(models.load_config(models.resolve(name)))
     assert geometry.model_type == model_type
-    assert [(layer.query_heads, layer.kv_heads, layer.head_dim) for layer in geometry.layers] == [(8, 4, 128)] * 6
+    assert [(layer.query_heads, layer.kv_heads, layer.head_dim) for layer in geometry.layers] == [(8, 4, 128)] * len(geometry.layers)
 
 
 @pytest.mark.parametrize("name", ["lava", "", "  "])
 def test_unknown_alias_lists_the_known_ones(name):
-    with pytest.raises(UsageError, match="use one of llava-next, tiny-llava-next, tiny-qwen3-vl, a local directory, or a Hub id"):
+    with pytest.raises(UsageError, match="use one of tiny-llava-next, tiny-qwen3-vl, llava-next, .*, a local directory, or a Hub id"):
         models.resolve(name)
 
 
@@ -71,7 +74,7 @@ def test_dtype(checkpoint):
 
 @pytest.mark.parametrize(("name", "kind"), [("gpu", UsageError), ("meta", UsageError), ("mps", UsageError), ("cuda:-1", UsageError)])
 def test_device_names(name, kind):
-    with pytest.raises(kind, match="use cpu, cuda or cuda:N"):
+    with pytest.raises(kind, match="use cpu, cuda, cuda:N or auto"):
         models.choose_device(name)
     assert models.choose_device("cpu") == torch.device("cpu")
 
@@ -106,3 +109,7 @@ def test_identity(checkpoint):
         _commit_hash = "c0ffee"
 
     assert models.identity(models.resolve("org/name", "main"), Config()) == {"id": "org/name", "revision": "c0ffee", "fingerprint": None}
+    # weights and processor are taken from the commit that the config came from
+    assert models.pinned(models.resolve("org/name", "main"), Config()).revision == "c0ffee"
+    assert models.pinned(models.resolve("org/name", "main"), object()).revision == "main"
+    assert models.pinned(source, Config()) == source
