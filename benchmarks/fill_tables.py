@@ -1,0 +1,80 @@
+"""Put the tables that the scripts of this folder print from benchmarks/results/ between their markers in README and docs.
+
+    python benchmarks/fill_tables.py            # write them
+    python benchmarks/fill_tables.py --check    # only say whether they are what the committed results print
+
+A marker is a pair of comments, `<!-- NAME -->` and `<!-- /NAME -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+HERE = Path(__file__).resolve().parent
+MODELS = ("tiny-llava-next", "tiny-qwen3-vl")
+
+
+def prints() -> dict[tuple[str, str], list[list[str]]]:
+    """For each (file, marker) the commands whose outputs stand there, one after the other."""
+    suites = {model: f"rivals-{model}.csv" for model in MODELS}
+    found = {
+        ("README.md", "suite"): [["print_suite.py", *suites.values()]],
+        ("docs/backbones.md", "skills"): [["check_skills.py", "--print", f"skills-{model}.csv"] for model in MODELS],
+        ("docs/backbones.md", "knockout"): [["knockout.py", "--print", f"knockout-{model}.csv"] for model in MODELS],
+    }
+    for model, file in suites.items():
+        found["docs/rivals.md", model] = [["print_suite.py", file], ["print_suite.py", file, "--skills"]]
+    return found
+
+
+def printed(command: list[str]) -> str:
+    """What a script of this folder prints; results are named without their folder."""
+    words = [str(HERE / "results" / word) if word.endswith(".csv") else word for word in command[1:]]
+    script, out = str(HERE / command[0]), io.StringIO()
+    with mock.patch.object(sys, "argv", [script, *words]), contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                raise
+    return out.getvalue().strip()
+
+
+def filled(text: str, marker: str, inside: str) -> str:
+    """`text` with `inside` between the two comments of `marker`.
+
+    Raises:
+        ValueError: they do not stand in it once each.
+    """
+    opening, closing = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        raise ValueError(f"{opening} and {closing} must stand once each")
+    before, rest = text.split(opening)
+    return f"{before}{opening}\n{inside}\n{closing}{rest.split(closing)[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is another one")
+    check = parser.parse_args().check
+    stale = 0
+    for (name, marker), commands in prints().items():
+        file = HERE.parent / name
+        text = file.read_text(encoding="utf-8")
+        new = filled(text, marker, "\n\n".join(printed(command) for command in commands))
+        if new != text:
+            stale += 1
+            print(f"{name}: {marker} {'is not what the results print' if check else 'written'}")
+            if not check:
+                file.write_text(new, encoding="utf-8")
+    return int(check and stale > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
