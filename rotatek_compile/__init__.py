@@ -7,21 +7,27 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import load
-    from .compiler import CompileOptions, compile_artifact
+    from .api import disable, enabled, load
+    from .compile_options import CompileOptions
+    from .compiler import compile_artifact
     from .errors import ArtifactError, RotateKError, UsageError
     from .runtime.enable import enable
 
 _PLACES = {
     "load": "api",
+    "enabled": "api",
+    "disable": "api",
     "enable": "runtime.enable",
-    "CompileOptions": "compiler",
+    "CompileOptions": "compile_options",
     "compile_artifact": "compiler",
     "RotateKError": "errors",
     "UsageError": "errors",
     "ArtifactError": "errors",
 }
-__all__ = ["ArtifactError", "CompileOptions", "RotateKError", "UsageError", "__version__", "compile_artifact", "enable", "load"]
+__all__ = [
+    "ArtifactError", "CompileOptions", "RotateKError", "UsageError", "__version__",
+    "compile_artifact", "disable", "enable", "enabled", "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -31,3 +37,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(f".{_PLACES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -123,6 +123,19 @@ def load(
     return loaded, processor
 
 
+def enabled(model: Any) -> Any:
+    """The `enable` in force on a model (what `load` left on it, say), or None: its `new_cache()` makes a cache for several turns."""
+    from .runtime.enable import active, unwrapped
+
+    return active(unwrapped(model))
+
+
+def disable(model: Any) -> None:
+    """Undo `enable`, or what `load` enabled; the model is then as transformers loaded it. Harmless where nothing is enabled."""
+    if (found := enabled(model)) is not None:
+        found.disable()
+
+
 def dressed(model: Any, attn_implementation: str | None = None, adapter: str | Path | None = None) -> Any:
     """The model with another attention implementation for its text, and with an adapter on it.
 

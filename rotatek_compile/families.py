@@ -95,9 +95,13 @@ FAMILIES = (
 
 # Seen by no config key that other models share: said before hours of calibration, not at the first token.
 REFUSED = {
-    "gpt_oss": "its softmax has attention sinks",
+    **dict.fromkeys(("gpt_oss", "flint", "granite_swa", "granitemoe_swa", "mimo_v2_flash"), "its softmax has attention sinks"),
+    **dict.fromkeys(("diffllama", "doge", "jetmoe"), "it changes Keys or Values between the cache and its attention"),
     "mllama": "its images enter by cross-attention and not as tokens",
 }
+
+# Their configs have `is_decoder`, False unless set, and their models attend causally all the same.
+CAUSAL = ("gpt_neox", "gpt_neox_japanese")
 
 UNKNOWN = Family(name="unknown", model_types=(), text_types=(), particular="")
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import RotateKError
-from .families import REFUSED, visual_token_ids
+from .families import CAUSAL, REFUSED, visual_token_ids
 
 FULL_ATTENTION = "full_attention"
 SHORT_ATTENTION = ("sliding_attention", "chunked_attention")  # these keep their stock cache layers
@@ -117,10 +117,12 @@ def geometry_of(config: Any) -> Geometry:
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise RotateKError(f"model type {name!r} is an encoder-decoder; only decoder-only text models can be compiled")
-    if getattr(text, "is_decoder", True) is False:  # only models that can be either say so
+    if getattr(text, "is_decoder", True) is False and name not in CAUSAL:  # only models that can be either say so
         raise RotateKError(f"model type {name!r} is not supported: as configured it attends in both directions and generates no text")
     if name in REFUSED:
         raise RotateKError(f"model type {name!r} is not supported: {REFUSED[name]}")
+    if getattr(text, "is_heterogeneous", False):  # said first: reading a key that differs by layer raises
+        raise RotateKError(f"model type {name!r} is not supported: its layers differ in more than how far they attend")
     if getattr(text, "attn_logit_softcapping", None):
         raise RotateKError(f"model type {name!r} caps its attention logits (soft-capping), which the compressed cache does not compute")
     if getattr(text, "num_kv_shared_layers", None):

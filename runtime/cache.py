@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
@@ -67,6 +68,8 @@ class RotateKCache(Cache):
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows: numbers, negative ones counted from the end, or one bool per row, as a stock cache takes them."""
+        indices = torch.arange(self._rows(), device=indices.device)[indices]
         self.state.select_rows(indices.tolist())
         super().batch_select_indices(indices)
 
@@ -76,6 +79,10 @@ class RotateKCache(Cache):
             if isinstance(layer, RotateKLayer):
                 layer.state = self.state
         super().reset()
+
+    def tokens(self) -> list[int]:
+        """Tokens that each sequence holds, padding left out."""
+        return next((layer.real.tolist() for layer in self.layers if isinstance(layer, RotateKLayer) and layer.is_initialized), [])
 
     def _rows(self) -> int:
         """B, or 0 before the first call."""

@@ -75,6 +75,10 @@ class RotateKLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, _, length, _ = key_states.shape
+        if batch != self.store.batch:
+            raise RotateKError(
+                f"the cache holds {self.store.batch} sequences, this call has {batch}; start a new cache, or select its rows"
+            )
         step = self.state.of(batch, length)
         # Short text continues the window and is attended there; anything else is attended raw and coded by commit().
         appended = self.logical_length > 0 and step.plain_text and length <= self.backend.most_queries(self.prepared.geometry.group)
@@ -94,11 +98,14 @@ class RotateKLayer(CacheLayerMixin):
 
     def commit(self, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
         """Store a call's tokens: query [B, Hq, T, D], keys and values [B, Hkv, T, D]."""
+        tail = self.tail + step.length if step.plain_text else step.text_tail()
         for row in range(step.batch):
             self._commit_media(row, query[row], keys[row], values[row], step)
-            self._commit_text(row, query[row], keys[row], values[row], step)
+            left = self._commit_text(row, query[row], keys[row], values[row], step)
+            # the window may also hold text from before what has left, which is not the newest
+            tail = tail if left is None else min(tail, left)
         self.store.flush()
-        self.tail = self.tail + step.length if step.plain_text else step.text_tail()
+        self.tail = tail
 
     def _commit_media(self, row: int, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
         """Code the images and clips of a row that are complete, hold the last one raw if it is not (DESIGN.md §6)."""
@@ -120,22 +127,28 @@ class RotateKLayer(CacheLayerMixin):
                     own_keys, own_values = torch.cat([held_keys, own_keys], 1), torch.cat([held_values, own_values], 1)
                 self._code(row, "visual", own_keys, own_values, queries)
 
-    def _commit_text(self, row: int, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
-        """Text goes to the window; what is older than the window leaves it at once, in whole blocks."""
+    def _commit_text(self, row: int, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> int | None:
+        """Text goes to the window; what is older than the window leaves it at once, in whole blocks.
+
+        Returns:
+            how many of the call's text tokens are in the window if some left it, else None.
+        """
         method = self.prepared.method
         columns = torch.from_numpy(step.text_columns(row)).to(keys.device)
         if not columns.numel():
-            return
+            return None
         text_keys, text_values = keys.index_select(1, columns), values.index_select(1, columns)
-        old = columns.numel() - method.window
+        old, left = columns.numel() - method.window, None
         if old >= BLOCK:
             old -= old % BLOCK
+            left = columns.numel() - old
             if method.span == "all":
                 self._code(row, "text", text_keys[:, :old], text_values[:, :old], self._queries(row, query, step))
             else:
                 self.store.add_dense(row, text_keys[:, :old], text_values[:, :old])
             text_keys, text_values = text_keys[:, old:], text_values[:, old:]
         self.store.window.append_row(row, text_keys, text_values)
+        return left
 
     def _queries(self, row: int, query: Tensor, step: Step) -> Tensor | None:
         """Real queries [Hkv, G, T, D] of a row, for methods that look at them."""

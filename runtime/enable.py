@@ -25,7 +25,7 @@ from .cache import RotateKCache
 from .coder import Coder
 from .media import ENCODERS, CallState, encoded_lengths, lengths_of
 from .prepared import PreparedArtifact
-from .segments import read_kinds
+from .segments import hides_past, read_kinds
 from .tensor_parallel import shard_of
 
 _ACTIVE = "_rotatek_enabled"
@@ -77,7 +77,7 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             self.artifact = _without_fallback(self.artifact)
         self.prepared = PreparedArtifact(self.artifact, shard_of(self.model, self.artifact.geometry))
         if active(self.model) is not None:
-            raise RotateKError("the compressed cache is already enabled on this model; disable() it first")
+            raise RotateKError("the compressed cache is already enabled on this model; rotatek_compile.disable(model) first")
         if adapter := _adapter(model, self.model):
             words = f"the model carries the adapter {adapter}, which the artifact was not compiled with"
             warnings.warn(f"{words}: same geometry, other weights; accuracy may differ", stacklevel=2)
@@ -133,7 +133,13 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         delattr(self.model, _ACTIVE)
         self._restore()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> enable:
+        # what is shadowed on the model's instance is bound to it, so a copy would compute with the weights of the original
+        raise RotateKError("a model cannot be copied while the compressed cache is enabled on it; rotatek_compile.disable(model) first")
+
     def __enter__(self) -> enable:
+        if active(self.model) is not self:
+            raise RotateKError("this enable() was undone already, so nothing would be compressed; make a new one")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -157,8 +163,10 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             # a continuation without media embeds placeholders as text: prompt lookup proposes such tokens, and crops them again
             media = any(name.startswith(MEDIA) and _given(value) for name, value in {**extra, **bound}.items())
             marked = visual if media or cache.get_seq_length() == 0 else ()
-            state = cache.state
-            kinds = read_kinds(ids, bound.get("attention_mask"), types, marked, shape, video)
+            state, mask = cache.state, bound.get("attention_mask")
+            if hides_past(mask, shape[1], cache.tokens()):
+                raise RotateKError("the attention mask hides tokens that the compressed cache holds, which it cannot leave out")
+            kinds = read_kinds(ids, mask, types, marked, shape, video)
             state.begin(shape, kinds, lengths_of(bound.get("mm_encoder_outputs", extra.get("mm_encoder_outputs"))))
             token = _call.set(state)
             try:
@@ -172,8 +180,14 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
     def _wrap_prepare(self, prepare: Any) -> Any:
         @functools.wraps(prepare)
         def with_compressed_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            ours = generation_config.use_cache is not False and generation_config.cache_implementation is None
-            if ours and model_kwargs.get("past_key_values") is None:
+            if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+                asked = generation_config.cache_implementation
+                if asked is not None and asked != self.model.generation_config.cache_implementation:
+                    raise RotateKError(
+                        f"cache_implementation={asked!r} asks for a stock cache, so nothing would be compressed; leave it out, or "
+                        "rotatek_compile.disable(model) first"
+                    )
+                generation_config.cache_implementation = None  # some checkpoints name a stock cache of their own, Gemma among them
                 model_kwargs["past_key_values"] = self.new_cache()
             cache = model_kwargs.get("past_key_values")
             if isinstance(cache, RotateKCache):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,6 +101,26 @@ def runs_of(kinds: np.ndarray, media: np.ndarray | None = None) -> tuple[Run, ..
         if kind != PAD:
             runs.append(Run(a, b, kind, -1 if kind == TEXT else number if media is None else int(media[a])))
     return tuple(runs)
+
+
+def hides_past(attention_mask: Any, length: int, tokens: list[int]) -> bool:
+    """Whether a call's mask hides any of the `tokens[b]` that row b had before its `length` new ones; padding may be hidden.
+
+    Masks [B, past + T] (1 = real) of single tokens are not looked at: `generate` goes on with the mask of the prompt.
+
+    Args:
+        attention_mask: that, or a custom one [B, 1, T, past + T] (bool, or added to logits); anything else hides nothing.
+    """
+    if not isinstance(attention_mask, Tensor) or not tokens or attention_mask.shape[-1] <= length:
+        return False
+    if attention_mask.dim() == 4:
+        past = attention_mask[..., :-length]
+        seen = (past if past.dtype == torch.bool else past == 0).sum(-1).amax((1, 2))  # rows of padding see nothing
+    elif attention_mask.dim() == 2 and length > 1:
+        seen = (attention_mask[:, :-length] != 0).sum(-1)
+    else:
+        return False
+    return any(have < held for have, held in zip(seen.tolist(), tokens, strict=False))
 
 
 def read_kinds(

@@ -203,11 +203,19 @@ class Store:
     def select_rows(self, rows: Iterable[int]) -> None:
         """Keep these rows, in this order, repeats allowed (beams): segments stay shared, the window is copied."""
         order = np.asarray(list(rows), dtype=np.int64)
+        gone = self._owned(self.table) - self._owned(self.table[order])
         self.table, self.fallback = self.table[order], self.fallback[order]
         self.held = [list(self.held[row]) for row in order]
         self.window.select_rows(order)
+        if gone:  # what only dropped rows had would stay in memory, and in the count of bytes
+            compact(self)
         self.table_on_device = None
         self._view = None
+
+    @staticmethod
+    def _owned(table: np.ndarray) -> set[int]:
+        """Pool ranges that a table's rows name, by where their Values begin."""
+        return set(table[:, 0, :, VALUE_OFFSET][table[:, 0, :, KIND] != Kind.EMPTY].tolist())
 
     # -- reading --------------------------------------------------------------------------------------------------------------
 

@@ -241,7 +241,7 @@ def test_unknown_architectures_are_warned_of(family, recwarn):
 
 
 def test_what_the_cache_cannot_compute_is_refused_before_work():
-    from transformers import BertConfig, Gemma2Config, GptOssConfig, MllamaConfig, Qwen3NextConfig
+    from transformers import BertConfig, DiffLlamaConfig, Gemma2Config, GptOssConfig, MllamaConfig, Qwen3NextConfig
 
     with pytest.raises(RotateKError, match="'gemma2' caps its attention logits"):
         models.checked_geometry(Gemma2Config())
@@ -253,10 +253,40 @@ def test_what_the_cache_cannot_compute_is_refused_before_work():
         models.checked_geometry(BertConfig())
     with pytest.raises(RotateKError, match="'qwen3_next' is not supported: it has layers of type linear_attention"):
         models.checked_geometry(Qwen3NextConfig())
+    with pytest.raises(RotateKError, match="'diffllama' is not supported: it changes Keys or Values between the cache"):
+        models.checked_geometry(DiffLlamaConfig())
     shared = models.load_config(models.resolve("tiny-llava-next"))
     shared.text_config.num_kv_shared_layers = 2
     with pytest.raises(RotateKError, match="'llava_next' shares Keys between layers"):
         models.checked_geometry(shared)
+
+
+def test_layers_that_differ_are_refused():
+    """Gemma 4 and others, from transformers 5.23 on: reading `head_dim` of such a config raises, with a traceback for the user."""
+    import transformers
+
+    if not hasattr(transformers, "Gemma4Config"):
+        pytest.skip("this version of transformers has no such model")
+    with pytest.raises(RotateKError, match="'gemma4' is not supported: its layers differ"):
+        models.checked_geometry(transformers.Gemma4Config())
+
+
+def test_a_causal_model_whose_config_does_not_say_so():
+    """GPT-NeoX (Pythia): `is_decoder` is False and means nothing there, unlike for BERT."""
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+    config = GPTNeoXConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512
+    )
+    with pytest.warns(UserWarning, match="'gpt_neox' was never validated"):
+        geometry = models.checked_geometry(config)
+    assert [layer.kv_heads for layer in geometry.layers] == [4, 4]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 200, (1, 20))
+    with torch.no_grad():
+        whole, start = model(ids).logits, model(ids[:, :10]).logits
+    assert torch.allclose(whole[:, :10], start, atol=1e-5)  # causal
 
 
 def test_list_models(cli):

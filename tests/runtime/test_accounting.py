@@ -111,6 +111,29 @@ def test_beams_share_segments(model, prompts, make_artifact, generate):
     assert four.stored == own_bytes(cache)
 
 
+def test_what_no_row_has_any_more_is_freed(model, prompts, make_artifact, generate):
+    """`generate` prefills every beam by itself; once they share one's image, those of the others are gone, and are not counted."""
+    inputs = prompts.batch([[3, prompts.square, 10]])
+    with torch.no_grad(), enable(model, make_artifact(16, prior_tokens=10**9), backend="torch") as enabled:
+        alone = cache_bytes(generate(model, inputs, 12).cache)
+        beams = cache_bytes(generate(model, inputs, 12, num_beams=4).cache)
+        assert beams.span_dense == alone.span_dense
+        assert alone.span <= beams.span < 1.05 * alone.span  # means are kept
+        two = prompts.batch([[3, prompts.square, 10], [3, prompts.tall, 10]])
+        cache = enabled.new_cache()
+        model(**two, past_key_values=cache)
+        both = cache_bytes(cache)
+        cache.batch_select_indices(torch.tensor([0]))
+        more = torch.full((1, 1), 17)
+        got = model(input_ids=more, past_key_values=cache, attention_mask=None, position_ids=torch.tensor([[101]])).logits
+        one = enabled.new_cache()
+        model(**prompts.batch([[3, prompts.square, 10]], [0], [0]), past_key_values=one)
+        expected = model(input_ids=more, past_key_values=one).logits
+    assert (got - expected).abs().max() < 1e-4
+    assert cache_bytes(cache).span < 0.7 * both.span
+    assert cache_bytes(cache).span_dense == 3 * 2 * 88 * 2 * 32 * 2
+
+
 def test_merged_blocks_stay_shared(model, make_artifact, prompts, monkeypatch):
     """Rows that share blocks go on sharing them when others are joined, and when they are joined themselves."""
     monkeypatch.setattr(merging, "MERGE_AT", 3)

@@ -123,11 +123,9 @@ def test_without_a_cache_and_with_a_stock_one(model, ragged, make_artifact, gene
     with enable(model, make_artifact(0), backend="torch"):
         none = generate(model, ragged, 5, use_cache=False)
         own = generate(model, ragged, 5, past_key_values=DynamicCache(config=model.config.text_config))
-        static = generate(model, ragged, 5, cache_implementation="static", disable_compile=True)
         plain = model(**ragged).logits
     assert type(own.cache) is DynamicCache
-    assert not isinstance(static.cache, RotateKCache)
-    for got in (none, own, static):
+    for got in (none, own):
         assert torch.equal(got.tokens, stock.tokens)
         assert (got.logits - stock.logits).abs().max() < 1e-4
     assert torch.equal(plain, model(**ragged).logits)
@@ -191,6 +189,91 @@ def test_crop_refuses_coded_tokens(model, prompts, make_artifact):
             cache.crop(-1)
         again = model(input_ids=torch.cat([inputs["input_ids"][:, -4:], torch.tensor([[17]])], 1), past_key_values=cache).logits
     assert (again[:, -1:] - first).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("span", ["visual", "all"])
+def test_crop_refuses_text_that_left_before_older_text(model, prompts, make_artifact, span):
+    """A long question sends its own oldest 64 tokens to the store, while 60 + 20 older ones stay in the window."""
+    inputs = prompts.batch([[60, prompts.square, 20]])
+    more = prompts.batch([[110]], seeds=[5])["input_ids"]
+    with torch.no_grad():
+        with enable(model, make_artifact(window=40, span=span), backend="torch") as enabled:
+            cache = enabled.new_cache()
+            model(**inputs, past_key_values=cache)
+            model(input_ids=more, past_key_values=cache)
+            assert cache.layers[0].store.window.host.tolist() == [80 + 46]
+            with pytest.raises(RotateKError, match="only the newest 46"):
+                cache.crop(-47)
+            cache.crop(-46)
+            got = model(input_ids=torch.full((1, 1), 17), past_key_values=cache).logits
+        kept = torch.cat([inputs["input_ids"], more[:, :-46], torch.full((1, 1), 17)], 1)
+        stock = model(**dict(inputs, input_ids=kept, attention_mask=None)).logits
+    assert (got[:, -1] - stock[:, -1]).abs().max() < 1e-4
+
+
+def test_rows_are_selected_as_a_stock_cache_selects_them(model, prompts, make_artifact):
+    inputs = prompts.batch([[3, prompts.square, 10], [20, prompts.tall, 5], [30]])
+    mask = inputs["attention_mask"]
+    with torch.no_grad(), enable(model, make_artifact(16), backend="torch") as enabled:
+        for chosen in (torch.tensor([True, False, True]), torch.tensor([-1, 0]), torch.tensor([2, 2, 1])):
+            cache, stock = enabled.new_cache(), DynamicCache()
+            for one in (cache, stock):
+                model(**inputs, past_key_values=one)
+                one.batch_select_indices(chosen)
+            assert cache.tokens() == mask[chosen].sum(1).tolist()
+            assert len(cache.tokens()) == len(stock.layers[0].keys)
+
+
+def test_a_call_with_other_rows_than_the_cache_is_refused(model, prompts, make_artifact):
+    one, three = (prompts.batch([[3, prompts.square, 10]] * rows) for rows in (1, 3))
+    with torch.no_grad(), enable(model, make_artifact(), backend="torch") as enabled:
+        for inputs, rows in ((one, 3), (three, 1)):
+            for length in (1, 40):
+                cache = enabled.new_cache()
+                model(**inputs, past_key_values=cache)
+                with pytest.raises(RotateKError, match=f"holds {len(inputs['input_ids'])} sequences, this call has {rows}"):
+                    model(input_ids=torch.full((rows, length), 17), past_key_values=cache)
+
+
+def test_a_mask_that_hides_what_is_stored_is_refused(model, prompts, make_artifact):
+    """The stock cache would leave those tokens out; ours cannot, and must not answer as if it had."""
+    inputs = prompts.batch([[3, prompts.square, 10], [20]])
+    past, more = inputs["attention_mask"], torch.full((2, 2), 17)
+    hidden = torch.cat([past, torch.ones(2, 2, dtype=torch.int64)], 1)
+    visible = hidden[:, None, None].expand(2, 1, 2, -1).bool().clone()
+    visible[:, :, 0, -1] = False  # causal
+    with torch.no_grad(), enable(model, make_artifact(), backend="torch") as enabled:
+        cache, twin = enabled.new_cache(), enabled.new_cache()
+        for one in (cache, twin):
+            model(**inputs, past_key_values=one)
+        positions = (hidden.cumsum(-1) - 1)[:, -2:]
+        got = [
+            model(input_ids=more, attention_mask=mask, position_ids=positions, past_key_values=one).logits
+            for mask, one in ((hidden, cache), (visible, twin))
+        ]
+        assert torch.equal(*got)
+        longer = torch.cat([hidden, torch.ones(2, 2, dtype=torch.int64)], 1)
+        longer[0, 5:9] = 0
+        for mask in (longer, torch.where(longer.bool(), 0.0, -torch.inf)[:, None, None].expand(2, 1, 2, -1)):
+            with pytest.raises(RotateKError, match="hides tokens that the compressed cache holds"):
+                model(input_ids=more, attention_mask=mask, past_key_values=cache)
+        assert cache.get_seq_length() == past.shape[1] + 2
+
+
+def test_an_enabled_model_is_not_copied(model, make_artifact):
+    """The copy's forward would be the original's."""
+    with enable(model, make_artifact(), backend="torch"), pytest.raises(RotateKError, match="cannot be copied while"):
+        copy.deepcopy(model)
+    assert copy.deepcopy(model).forward.__self__ is not model
+
+
+def test_an_undone_enable_cannot_be_entered(model, make_artifact):
+    """It would generate with the stock cache without a word."""
+    enabled = enable(model, make_artifact(), backend="torch")
+    with enabled:
+        pass
+    with pytest.raises(RotateKError, match="undone already"), enabled:
+        pass
 
 
 def test_another_type_of_the_same_geometry_warns(model, make_artifact, geometry):
@@ -293,3 +376,32 @@ def test_another_budget_for_one_call(model, ragged, make_artifact, generate, che
     with enable(model, make_artifact(16), backend="torch"):
         check_equal(generate(model, ragged, 4), half)
     assert artifact.ranks() == {i: [8, 8] for i in range(3)}
+
+
+def test_a_stock_cache_by_name_is_refused(make_model, ragged, make_artifact, generate):
+    model = make_model()
+    with enable(model, make_artifact(8), backend="torch"):
+        for asked in ("static", "dynamic"):
+            with pytest.raises(RotateKError, match=f"cache_implementation='{asked}' asks for a stock cache"):
+                model.generate(**ragged, max_new_tokens=2, cache_implementation=asked)
+        expected = generate(model, ragged, 2)
+        model.generation_config.cache_implementation = "hybrid"  # as the checkpoints of Gemma have it
+        got = generate(model, ragged, 2)
+        assert isinstance(got.cache, RotateKCache) and torch.equal(got.tokens, expected.tokens)
+    assert model.generation_config.cache_implementation == "hybrid"
+
+
+def test_what_is_enabled_can_be_asked_for_and_undone(make_model, make_artifact):
+    import rotatek_compile
+
+    model = make_model()
+    before = everything(model)
+    assert rotatek_compile.enabled(model) is None
+    rotatek_compile.disable(model)
+    handle = enable(model, make_artifact(8), backend="torch")
+    assert rotatek_compile.enabled(model) is handle
+    with pytest.raises(RotateKError, match=r"already enabled on this model; rotatek_compile.disable\(model\) first"):
+        enable(model, make_artifact(8), backend="torch")
+    rotatek_compile.disable(model)
+    assert rotatek_compile.enabled(model) is None and everything(model) == before
+    assert {"enable", "enabled", "disable", "load"} <= set(dir(rotatek_compile))
