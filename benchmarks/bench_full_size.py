@@ -205,6 +205,9 @@ def measure(name: str, args: argparse.Namespace, device: torch.device, scratch: 
     store = MomentStore({"bench": name}, scratch / "moments")
     with Meter(device) as moments:
         calibrate(model, pages, geometry, store, args.batch_size, False, 0, quiet=True)
+    # at once, because a machine on loan may be taken before the sensitivities are done
+    early = f"{name}: made in {made.seconds:.0f} s, forward {forward.seconds:.1f} s, moments {moments.seconds / forward.seconds:.3f} of it"
+    print(early + (f", peak memory {moments.peak / forward.peak:.3f} of it" if forward.peak else ""), file=sys.stderr, flush=True)
     os.environ["ROTATEK_CACHE"] = str(scratch / "compile")
     options = CompileOptions(
         model=name, calib="noise", output=scratch / "out", num_samples=args.pages, batch_size=args.batch_size, quiet=True

@@ -1,13 +1,15 @@
 """The README's table of decode attention, from the CSV that bench_decode.py saved.
 
-    python benchmarks/print_decode.py benchmarks/results/bench_decode.csv
+python benchmarks/print_decode.py [benchmarks/results/bench_decode.csv]
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results" / "bench_decode.csv"
 
 
 def main(file: Path) -> None:
@@ -29,4 +31,8 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Print the table of decode attention that bench_decode.py measured.")
+    parser.add_argument(
+        "file", nargs="?", type=Path, default=RESULTS, help="CSV of bench_decode.py.  [default: benchmarks/results/bench_decode.csv]"
+    )
+    main(parser.parse_args().file)

@@ -50,8 +50,14 @@ class Reader:
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """Answers of a column that holds one or a list; empty ones are left out."""
+    """Answers of a column that holds one or a list; empty ones are left out.
+
+    Raises:
+        ValueError: an answer that is neither text nor a number: how a time is written, the file does not say any more.
+    """
     values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if other := [v for v in values if v is not None and not isinstance(v, (str, int, float))]:
+        raise ValueError(f"an answer is a {type(other[0]).__name__}, expected text")
     return tuple(str(v) for v in values if v is not None and str(v).strip())
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from .bundled import SETS, BundledSet
-from .errors import DataError
+from .errors import DataError, UnknownDataError, did_you_mean
 from .hub_data import is_hub_id
 from .hub_source import open_hub, open_known, written
 from .known_sets import KNOWN
 from .local import BUILDERS, open_local
 from .source import DataSource
 
-__all__ = ["DATASETS", "DataSource", "listing", "open_data", "table"]
+__all__ = ["DATASETS", "DataSource", "listing", "open_data", "refuse_unknown", "table"]
 
 DATASETS = {
     "forms": "pages of key: value fields; look-up, missing keys, larger of two, which page",
@@ -34,15 +34,13 @@ def open_data(name: str, split: str, seed: int = 0, revision: str | None = None,
         images: local files need a column of images; False for a text-only model.
 
     Raises:
-        DataError: unknown name, missing path, unreadable file or missing columns; for files and the Hub it is checked here, before
-            any work.
+        UnknownDataError: a name that is none of these.
+        DataError: missing path, unreadable file or missing columns; for files and the Hub it is checked here, before any work.
     """
+    refuse_unknown(name)
     bundled, _, part = name.partition(":")
     if bundled in SETS:
         _refuse_revision(name, revision, "bundled")
-        skills = SETS[bundled][1]
-        if ":" in name and part not in skills:
-            raise DataError(f"unknown skill in {name!r}; {bundled} has {', '.join(f'{bundled}:{known}' for known in skills)}")
         return DataSource(name, split, None, None, BundledSet(bundled, split, seed, part or None).sample)
     if bundled in KNOWN:
         return open_known(name, split, seed, revision)
@@ -51,12 +49,31 @@ def open_data(name: str, split: str, seed: int = 0, revision: str | None = None,
         _refuse_revision(name, revision, "a local path")
         content = open_local(path, images)
         return DataSource(str(path), "local", content.digest, len(content.rows), content.sample)
-    if is_hub_id(bundled) and path.suffix not in BUILDERS:
-        return open_hub(name, split, seed, revision, images)
+    return open_hub(name, split, seed, revision, images)
+
+
+def refuse_unknown(name: str) -> None:
+    """Refuse a name that no data set can have; nothing is read.
+
+    Raises:
+        UnknownDataError: neither a known name, nor the form of a Hub id or path; or an unknown skill of a bundled set.
+        DataError: a path that does not exist.
+    """
+    bundled, colon, part = name.partition(":")
+    if bundled in SETS:
+        skills = SETS[bundled][1]
+        if colon and part not in skills:
+            has = ", ".join(f"{bundled}:{known}" for known in skills)
+            raise UnknownDataError(f"unknown skill in {name!r}; {bundled} has {has}{did_you_mean(part, skills)}")
+        return
+    path = Path(name).expanduser()
+    if bundled in KNOWN or (name.strip() and path.exists()) or (is_hub_id(bundled) and path.suffix not in BUILDERS):
+        return
     choices = ", ".join((*DATASETS, *KNOWN))
     if name.startswith((".", "/", "~")) or path.suffix or "/" in name:
         raise DataError(f"data path {name} does not exist; check the path, or use one of {choices}")
-    raise DataError(f"unknown data set {name!r}; use one of {choices}, a Hub id, or a path to a .jsonl, .parquet or folder of them")
+    ways = f"use one of {choices}, a Hub id, or a path to a .jsonl, .parquet or folder of them"
+    raise UnknownDataError(f"unknown data set {name!r}; {ways}{did_you_mean(bundled, (*DATASETS, *KNOWN))}")
 
 
 def listing() -> dict[str, dict[str, str]]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .calibration_data.errors import did_you_mean
+from .errors import UsageError
 
 BUNDLED_ID = "bundled with this package"
 
@@ -36,6 +40,18 @@ ALIASES = {
     "mistral": Alias("mistralai/Mistral-7B-Instruct-v0.3", "text only", "apache-2.0"),
     "qwen3": Alias("Qwen/Qwen3-8B", "text only", "apache-2.0"),
 }
+
+
+def refuse_unknown(name: str) -> None:
+    """Refuse a name that no model can have; nothing is read.
+
+    Raises:
+        UsageError: neither an alias, nor something that exists here, nor the form of a path or Hub id.
+    """
+    if name in ALIASES or "/" in name or name.startswith((".", "~")) or (name.strip() and Path(name).exists()):
+        return
+    choices = f"{', '.join(ALIASES)}, a local directory, or a Hub id like org/name"
+    raise UsageError(f"unknown model {name!r}; use one of {choices}{did_you_mean(name, ALIASES)}")
 
 
 def table() -> str:

@@ -30,10 +30,8 @@ from torch import Tensor
 
 from ._version import __version__
 from .artifact_config import (
-    ALLOCATIONS,
     FORMAT_VERSION,
     RANK_STEP,
-    SPANS,
     Method,
     check_base_model,
     check_sections,
@@ -44,6 +42,7 @@ from .artifact_tensors import TENSOR_FILE, read_tensors
 from .errors import ArtifactError, RotateKError
 from .geometry import Geometry
 from .hub import HubArtifact
+from .names import ALLOCATIONS, SPANS
 from .output import CONFIG_FILE
 from .packing import compact
 from .untrusted import printable, read_json
@@ -63,7 +62,6 @@ __all__ = [
 
 REPORT_FILE, CARD_FILE = "report.json", "README.md"
 MAX_CONFIG, MAX_REPORT = 1 << 20, 8 << 20  # bytes; parsed JSON takes up to thirty times its text
-OURS = "rotatek"  # the method that is no rival
 IMAGE_TOKENS = 512  # the image over which a rival's bytes per token are reckoned
 
 

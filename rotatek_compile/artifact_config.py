@@ -11,14 +11,12 @@ from dataclasses import dataclass, fields
 from pathlib import PurePath
 from typing import Any
 
-from .bases import BASES
 from .errors import ArtifactError
 from .geometry import Geometry
+from .names import ALLOCATIONS, BASES, SPANS
 from .untrusted import shown
 
 FORMAT_VERSION = 1
-SPANS = ("visual", "all")
-ALLOCATIONS = ("allocated", "uniform")
 RANK_STEP = 8
 AGAIN = "compile the artifact again"
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BASES = ("two-sided", "pca", "paper")
+from .names import BASES
+
 MAX_CONDITION = 1e4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,13 @@ def template_hash(processor: Any) -> str:
     return hashlib.sha256(str(processor.chat_template).encode()).hexdigest()[:16]
 
 
+def processor_hash(processor: Any) -> str:
+    """Identifies how samples become inputs: template, and settings of the pictures (size, tiles, mean), which no weights tell."""
+    described: Any = getattr(processor, "to_dict", dict)() if getattr(processor, "image_processor", None) is not None else {}
+    text = json.dumps([template_hash(processor), described], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def prompt_text(processor: Any, images: int, question: str, videos: int = 0) -> str:
     """The prompt of one question about some images, then some clips, ready for the processor.
 
@@ -69,13 +77,14 @@ def prompt_text(processor: Any, images: int, question: str, videos: int = 0) -> 
 
 
 def tokenized(processor: Any, text: str, images: Sequence[Any], **media: Any) -> Any:
-    """The processor's tensors for one prompt; `media` are further arguments of the call.
+    """The processor's tensors for one prompt; `media` are further arguments of the call."""
+    return processor(text=[text], images=list(images) or None, return_tensors="pt", **begun(processor, text), **media)
 
-    A template that writes the begin-of-sequence token leaves none to be added.
-    """
+
+def begun(processor: Any, text: str) -> dict[str, Any]:
+    """Arguments of a processor's call: a template that writes the begin-of-sequence token leaves none to be added."""
     bos = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
-    own = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-    return processor(text=[text], images=list(images) or None, return_tensors="pt", **own, **media)
+    return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
 
 def end_ids(model: Any) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ is saved once, as a single process would have saved it, so that a later compilat
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,8 @@ def calibrate_together(
                 f"the interrupted calibration ran with {before} process{'es' if before > 1 else ''}, this one has {together.size}; "
                 f"start {before} again, or leave --resume out to begin anew"
             )
+        if before == 0:
+            warnings.warn("--resume: nothing saved, starting anew", stacklevel=2)
     if together.size == 1:
         return calibrate(model, items, geometry, store, batch_size, resume, pad_id, quiet)
     if saved == len(items):

@@ -18,6 +18,7 @@ from .hub import PICTURE_FILE
 TAGS = ("rotatek", "kv-cache", "kv-cache-compression")
 PLACE = "THIS_DIRECTORY"  # becomes the repository's name when the card is pushed
 MEASURED = "## Measured"
+IMAGE_TASK, TEXT_TASK = "image-text-to-text", "text-generation"  # names of the Hub
 
 
 def model_card(artifact: Any, picture: bool = False, weights: bool = False) -> str:
@@ -37,7 +38,8 @@ def model_card(artifact: Any, picture: bool = False, weights: bool = False) -> s
     ours = method.rival is None
     bytes_of = "without per-image means" if ours else f"in an image of {IMAGE_TOKENS} tokens"
     visual = bool(artifact.geometry.visual_token_ids)
-    task = "image-text-to-text" if visual else "text-generation"
+    task = IMAGE_TASK if visual else TEXT_TASK
+    checked = checked_on(artifact.calibration.get("kept_aside", 1))
     data = artifact.calibration.get("repository")  # of calibration data on the Hub
     front = ModelCardData(
         library_name="rotatek-compile", pipeline_tag=task, tags=list(TAGS), base_model=hub_id, datasets=[data] if data else None
@@ -77,7 +79,7 @@ def model_card(artifact: Any, picture: bool = False, weights: bool = False) -> s
             f"- span `{method.span}`, window {method.window} text tokens",
             f"- bytes per coded token, all layers: {compressed:.0f} of {dense} dense ({dense / compressed:.2f}x), {bytes_of}",
             f"- calibrated on {artifact.calibration.get('num_samples')} samples of {_data_name(artifact.calibration)}",
-            *([f"- KL of the plan on calibration documents kept aside: {report['plan_kl']:.2e} nats per answer token"] if ours else []),
+            *([f"- KL of the plan on {checked}: {report['plan_kl']:.2e} nats per answer token"] if ours else []),
             "",
             *([f"![{_alternative(artifact)}]({PICTURE_FILE})", ""] if picture else []),
             "## Limits",
@@ -150,12 +152,12 @@ def write_measured(directory: Path, name: str, rows: Sequence[dict[str, Any]], f
     except (OSError, ValueError, AttributeError, YAMLError) as error:
         raise RotateKError(f"{file} cannot be read as a model card ({str(error).splitlines()[0]}); compile the artifact again") from error
     text, front = card.text, cast(ModelCardData, card.data)
-    kept = list(front.eval_results or [])
+    kept, task = list(front.eval_results or []), str(front.pipeline_tag or IMAGE_TASK)
     for ask in dict.fromkeys(row["ask"] for row in rows):
         own = [row for row in rows if row["ask"] == ask]
-        text = _put(text, f"{facts['data']}, {ask}", _table(own, ask, facts))
+        text = _put(text, f"{facts['data']}, {ask}", _table(own, ask, facts, task))
         kept = [r for r in kept if (r.dataset_name, r.dataset_config) != (facts["data"], _mode(ask))]
-        kept += _results(own, ask, facts)
+        kept += _results(own, ask, facts, task)
     front.eval_results = kept
     front.model_name = front.model_name or f"RotateK artifact for {name}"
     card.text = text
@@ -181,10 +183,11 @@ def _put(text: str, key: str, block: str) -> str:
     return text[: limits.start()] + section + text[limits.start() :] if limits else f"{text.rstrip()}\n\n{section}"
 
 
-def _table(rows: Sequence[dict[str, Any]], ask: str, facts: dict[str, Any]) -> str:
-    when = "after the images were compressed" if ask == "after" else "before the images were compressed"
-    metric = next((str(row["metric"]) for row in rows if row.get("metric") not in (None, "exact_match", "anls")), None)
-    heads = ["method", *([metric] if metric else []), "exact match", "KL per answer token", "coded images", "whole cache"]
+def _table(rows: Sequence[dict[str, Any]], ask: str, facts: dict[str, Any], task: str) -> str:
+    what, coded = ("older text was", "coded text") if task == TEXT_TASK else ("the images were", "coded images")
+    when = f"{'after' if ask == 'after' else 'before'} {what} compressed"
+    metric = next((str(row["metric"]) for row in rows if row.get("metric") not in (None, "exact_match")), None)
+    heads = ["method", *([metric] if metric else []), "exact match", "KL per answer token", coded, "whole cache"]
     lines = [
         f"`{facts['data']}`, {facts['documents']} documents, question asked {when}. {facts['dtype']} on {facts['device']}, "
         f"torch {facts['torch']}, transformers {facts['transformers']}, rotatek-compile {facts['rotatek']}.",
@@ -215,7 +218,7 @@ def _share(row: dict[str, Any], key: str) -> str:
     return f"{row[key] / dense:.3f}" if dense else "-"
 
 
-def _results(rows: Sequence[dict[str, Any]], ask: str, facts: dict[str, Any]) -> list[Any]:
+def _results(rows: Sequence[dict[str, Any]], ask: str, facts: dict[str, Any], task: str) -> list[Any]:
     """The artifact's figures as the Hub's `model-index` wants them."""
     from huggingface_hub import EvalResult
 
@@ -223,11 +226,11 @@ def _results(rows: Sequence[dict[str, Any]], ask: str, facts: dict[str, Any]) ->
     if row is None:
         return []
     metrics = {"exact_match": row["exact_match"], "kl_divergence": row["kl"]}
-    if row.get("metric") not in (None, "exact_match", "anls"):
+    if row.get("metric") not in (None, "exact_match"):
         metrics = {str(row["metric"]): row["score"]} | metrics
     return [
         EvalResult(
-            task_type="image-text-to-text",
+            task_type=task,
             dataset_type=str(facts["data"]),
             dataset_name=str(facts["data"]),
             dataset_config=_mode(ask),  # the Hub tells results of one data set apart by it
@@ -255,6 +258,11 @@ def _alternative(artifact: Any) -> str:
         f"Directions kept in each of {layers} layers and {len(ranks)} (layer, KV head) pairs: {min(ranks)} to {max(ranks)}, "
         f"mean {sum(ranks) / len(ranks):.1f}, {none} pairs keep none; beside it what cutting each pair alone costs"
     )
+
+
+def checked_on(kept_aside: int) -> str:
+    """Which documents a plan was checked on: fewer than eight leave none to keep aside (compiler.py)."""
+    return "documents kept aside" if kept_aside else "the calibration documents themselves (too few to keep any aside)"
 
 
 def _data_name(calibration: dict[str, Any]) -> str:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import allocate as allocation
-from .artifact import ALLOCATIONS, OURS, SPANS, Artifact, Method, library_versions, write_artifact
-from .bases import BASES, Basis, calibrated_basis, two_sided
-from .batches import Encoded, end_ids, rope_index, template_hash
+from .artifact import Artifact, Method, library_versions, write_artifact
+from .bases import Basis, calibrated_basis, two_sided
+from .batches import Encoded, end_ids, processor_hash, rope_index, template_hash
 from .calibrate_together import calibrate_together
 from .calibration_data.registry import DataSource, open_data
 from .card import model_card
 from .card_picture import draw_heads
+from .compile_options import CompileOptions
 from .compile_rival import compile_rival, rival_artifact
 from .documents import Documents, usable
 from .errors import RotateKError, UsageError
@@ -38,6 +39,7 @@ from .models import (
     resolve,
 )
 from .moments import Moments
+from .names import OURS
 from .output import atomic_directory, refuse_existing
 from .parallel import Processes, local_device, processes
 from .placement import AUTO
@@ -45,60 +47,7 @@ from .sensitivity import NOTHING, Cutter, JointCheck, Plan, Prefilled, levels_fo
 from .weights import check_include, include_weights
 
 SENSITIVITY_DOCUMENTS = 18  # two of each skill of `mixed`: a head that none of them needs would look worthless
-KEEP_RATIO = 0.25  # our own method's, where none is given
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompileOptions:
-    """Everything `rotatek-compile` can be told; validated on construction.
-
-    Raises:
-        UsageError: an option out of range.
-    """
-
-    model: str
-    calib: str
-    output: Path
-    method: str = OURS  # or a rival's name (runtime/rivals/registry.py)
-    keep_ratio: float | None = None  # KEEP_RATIO for our own method
-    kv_budget: float | None = None  # rivals only
-    basis: str = "two-sided"
-    allocation: str = "allocated"
-    span: str = "visual"
-    window: int = 128
-    num_samples: int = 64
-    batch_size: int = 4
-    seed: int = 0
-    dtype: str | None = None
-    device: str | None = None
-    revision: str | None = None
-    calib_revision: str | None = None  # branch, tag or commit of calibration data on the Hub
-    trust_remote_code: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    with_weights: bool = False
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        if self.method == OURS:
-            if self.kv_budget is not None:
-                raise UsageError(f"--kv-budget comes with a rival --method; {OURS} is set by --keep-ratio, use --keep-ratio")
-            object.__setattr__(self, "keep_ratio", KEEP_RATIO if self.keep_ratio is None else self.keep_ratio)
-        else:
-            for name, default in (("span", "visual"), ("basis", "two-sided"), ("allocation", "allocated")):
-                if (seen := getattr(self, name)) != default:
-                    raise UsageError(f"--{name} {seen} comes with --method {OURS}; rivals code images, in their own way: leave it out")
-        if self.kv_budget is not None and not 0 < self.kv_budget <= 1:
-            raise UsageError(f"--kv-budget {self.kv_budget} is out of range; it is a fraction of the dense bytes, above 0 and up to 1")
-        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
-            raise UsageError(f"--keep-ratio {self.keep_ratio} is out of range; it is a fraction kept, above 0 and up to 1")
-        for name, least in (("window", 1), ("num_samples", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is out of range; it must be at least {least}")
-        for name, allowed in (("basis", BASES), ("allocation", ALLOCATIONS), ("span", SPANS)):
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"unknown --{name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +120,8 @@ def _compile(options: CompileOptions, together: Processes) -> dict[str, Any]:
     plan = prepare(options)
     wanted = options.num_samples if options.method == OURS else min(options.num_samples, SENSITIVITY_DOCUMENTS)
     samples = usable(plan.data, wanted, plan.geometry.text_only)  # before weights are loaded: a picture that does not open is said at once
+    if len(samples) == 1:
+        warnings.warn(f"{plan.data.name} has one calibration document: what is kept fits that one; pass dozens like yours", stacklevel=2)
     processor = load_processor(plan.source)
     model = load_model(plan.source, plan.dtype, plan.device, spread=options.device == AUTO)
     base = identity(plan.source, plan.config)
@@ -184,6 +135,7 @@ def _compile(options: CompileOptions, together: Processes) -> dict[str, Any]:
         "seed": options.seed,
         "samples": plan.data.hash_ids(list(samples.values())),
         "template": template_hash(processor),
+        "processor": processor_hash(processor),
     }
     if options.method == OURS:
         artifact = compile_ours(options, plan, model, items, base, record, processor.tokenizer.pad_token_id or 0, together)
@@ -208,7 +160,9 @@ def _compile(options: CompileOptions, together: Processes) -> dict[str, Any]:
         "knockout": artifact.report["knockout"],
     }
     if options.method == OURS:
-        return summary | {"plan": {"predicted_kl": artifact.report["plan_kl"], "ranks": {str(i): r for i, r in artifact.ranks().items()}}}
+        ranks = {str(i): r for i, r in artifact.ranks().items()}
+        kept_aside = artifact.calibration["kept_aside"]
+        return summary | {"plan": {"predicted_kl": artifact.report["plan_kl"], "kept_aside": kept_aside, "ranks": ranks}}
     return summary | {"plan": {"setting": artifact.method.words}}
 
 

@@ -26,8 +26,6 @@ from .runtime.enable import active
 from .runtime.recording import Recording, fill, record, stock_cache
 from .scores import anls, exact_match, score
 
-ASK = ("after", "with")
-
 
 @dataclass(frozen=True, slots=True)
 class Answered:
@@ -222,7 +220,7 @@ def _score(name: str, evaluator: Evaluator, batch: list[Encoded], answered: Answ
                 skill=getattr(item.sample, "skill", ""),
                 method=name,
                 exact=exact_match(text, item.sample.answers),
-                anls=anls(text, item.sample.answers),
+                anls=anls(text.strip(), item.sample.answers),  # as `score` does: blanks at the ends would count in the length
                 kl=float((dense.exp() * (dense - got)).sum(-1).clamp_min(0).sum()),
                 answer_tokens=len(item.answer),
                 text=text,

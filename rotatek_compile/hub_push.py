@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .card import card_for_hub
 from .errors import RotateKError, UsageError
 from .hub import PROCESSOR_FILES, SIDECAR, hub_errors, quiet_unless_terminal
 from .output import CONFIG_FILE
-from .weights import CONFIG, INDEX, checkpoint_directory, checkpoint_files, has_weights
+from .weights import CONFIG, INDEX, PATTERNS, checkpoint_directory, checkpoint_files, has_weights
 
 _BLANK = {".gitattributes", CARD_FILE}  # what the Hub itself puts into a new repository
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
@@ -178,7 +179,9 @@ def push_artifact(directory: Path, target: Target, *, with_weights: bool = False
     url = f"{constants.ENDPOINT}/{target.repo}"
     if dry_run:
         return Pushed(repo=target.repo, url=url, commit=None, pull_request=None, files=sizes)
-    stale = sorted(target.files.intersection(PROCESSOR_FILES) - contents.keys()) if CONFIG_FILE in target.files else []
+    # of the artifact that is replaced; weights left of another base model would be read before shards that are pushed
+    ours = [*PROCESSOR_FILES, *(PATTERNS if with_weights else ())] if CONFIG_FILE in target.files else []
+    stale = sorted(name for name in target.files - contents.keys() if any(fnmatch(name, pattern) for pattern in ours))
     operations: list[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in contents.items()]
     operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
     api = HfApi()

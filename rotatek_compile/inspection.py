@@ -89,7 +89,7 @@ def compare(first: Artifact, second: Artifact) -> str:
         RotateKError: different geometries.
     """
     if reason := first.geometry.difference(second.geometry):
-        raise RotateKError(f"the artifacts are of different models: {reason}")
+        raise RotateKError(f"the artifacts are of different models: {reason}; --html FILE shows them side by side")
     lines = []
     other = asdict(second.method)
     for name, value in asdict(first.method).items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,6 +55,8 @@ class Journal:
             self.stream = self.file.open("r+b" if there else "wb")
             self.stream.truncate(end)
             self.stream.seek(end)
+            if resume and not there:
+                warnings.warn(f"--resume: nothing saved in {directory}, starting anew", stacklevel=2)
             if not end:
                 self._write(header)
         except OSError as error:

@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from .api import load_base
-from .batches import end_ids
+from .batches import begun, end_ids
 from .errors import UsageError
 from .hub import open_artifact
 from .runtime.enable import enable
@@ -132,14 +132,15 @@ class RotateK(lmms):
 
     def _answer(self, conversations: Sequence[Any], options: dict[str, Any]) -> list[Any]:
         media = [conversation.extract_media() for conversation in conversations]
-        images, videos, audios = ([item for found in media for item in found[kind]] for kind in range(3))
-        if audios:
+        images, videos, audios = ([list(found[kind]) for found in media] for kind in range(3))  # some processors want them by prompt
+        if any(audios):
             raise UsageError("the task has sounds, which this model cannot hear; choose a task of images, videos or text")
         texts = [
             self.processor.apply_chat_template(conversation.to_hf_messages(), tokenize=False, add_generation_prompt=True)
             for conversation in conversations
         ]
-        given = {name: items for name, items in (("images", images), ("videos", videos)) if items}
+        given = {name: items for name, items in (("images", images), ("videos", sum(videos, []))) if any(items)}
+        given |= begun(self.processor, texts[0])
         inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **given).to(self.device)
         for name, tensor in inputs.items():
             if tensor.is_floating_point():

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from .allocate import plan_tensor, uniform_plan
-from .artifact import OURS, Artifact
+from .artifact import Artifact
 from .errors import RotateKError, UsageError
+from .names import OURS, SUITES
 from .runtime.cache import RotateKCache
 from .runtime.coder import Coder
 from .runtime.enable import enable
@@ -24,7 +25,6 @@ from .runtime.prepared import PreparedArtifact
 from .runtime.rivals.registry import PROMISED_FROM, RIVALS, make_coder, smallest_budget
 
 DENSE, ARTIFACT = "dense", "artifact"
-SUITES = {"rivals": "dense, the artifact, its bases at other keep ratios, and every rival at KV budgets from 1/2 to 1/32"}
 SUITE_BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 SUITE_KEEP_RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .aliases import ALIASES
+from .aliases import ALIASES, refuse_unknown
 from .carried_files import check_carried_files
 from .errors import RotateKError, UsageError
 from .families import not_validated
@@ -63,11 +63,8 @@ def resolve(name: str, revision: str | None = None, trust_remote_code: bool = Fa
     if name in ALIASES:
         place = ALIASES[name].id
         return Source(name=place, location=place, revision=revision, is_local=False, trust_remote_code=trust_remote_code)
-    choices = f"{', '.join(ALIASES)}, a local directory, or a Hub id like org/name"
-    unknown = UsageError(f"unknown model {name!r}; use one of {choices}")
+    refuse_unknown(name)
     path = Path(name).expanduser()
-    if not name.strip():
-        raise unknown
     if path.is_dir():
         if (path / "rotatek_config.json").is_file() and not (path / "config.json").is_file():
             raise RotateKError(f"{name} is an artifact, not a checkpoint; pass the checkpoint it was compiled from")
@@ -78,8 +75,6 @@ def resolve(name: str, revision: str | None = None, trust_remote_code: bool = Fa
         raise RotateKError(f"{name} is a file; pass the checkpoint's directory")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise RotateKError(f"model path {name} does not exist; check the path")
-    if name.count("/") != 1:
-        raise unknown
     return Source(name=name, location=name, revision=revision, is_local=False, trust_remote_code=trust_remote_code)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from .allocate import allocate, cost_curve, plan_tensor, uniform_plan
 from .artifact import Artifact
 from .errors import UsageError
+from .names import check_fraction
 
 VALUE_SHARE = 0.5  # of the dense bytes: Values are stored as they are
 
@@ -29,8 +30,7 @@ def replanned(artifact: Artifact, keep_ratio: float | None = None, kv_budget: fl
     if (keep_ratio is None) == (kv_budget is None):
         raise UsageError("--keep-ratio and --kv-budget say the same thing in two ways; give one of them")
     for name, value in (("--keep-ratio", keep_ratio), ("--kv-budget", kv_budget)):
-        if value is not None and not 0 < value <= 1:
-            raise UsageError(f"{name} {value:g} is out of range; it is a fraction, above 0 and up to 1")
+        check_fraction(name, value)
     method = artifact.method
     if method.rival is not None:
         return _rival(artifact, keep_ratio, kv_budget)

@@ -20,7 +20,7 @@ import torch
 
 from ._version import __version__
 from .artifact import Artifact
-from .batches import Encoded
+from .batches import Encoded, processor_hash
 from .calibration_data.registry import DataSource
 from .errors import RotateKError
 from .evaluate import Evaluator, evaluate
@@ -120,6 +120,7 @@ def facts_of(
         "artifact": artifact_hash(artifact),
         "model": Path(weights.name).name if weights.is_local else weights.name,
         "weights": fingerprint(Path(weights.location))[:16] if weights.is_local else weights.revision,
+        "processor": processor_hash(evaluator.processor),
         "dtype": str(evaluator.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,

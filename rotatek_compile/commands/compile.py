@@ -8,26 +8,52 @@ from typing import Any
 
 import click
 
+from .. import aliases
+from ..compile_options import CompileOptions
 from ..errors import UsageError
+from ..names import ALLOCATIONS, BASES, METHODS, SPANS
 from ..parallel import is_main
+from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
 
 
 @click.command("compile", help="Compile MODEL's KV cache on calibration data and write an artifact.")
-@click.option("--model", help="Alias, local directory or Hub id; see --list-models.")
-@click.option("--calib", help="Data set name, local path or Hub id; see --list-data.")
+@click.option("--model", shell_complete=complete_model, help="Alias, local directory or Hub id; see --list-models.")
+@click.option("--calib", shell_complete=complete_data, help="Data set name, local path or Hub id; see --list-data.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact directory. Default: artifacts/MODEL-CALIB.")
-@click.option("--method", default="rotatek", show_default=True, help="rotatek, or a rival: head-drop, head-drop-native, int4, kivi2, ...")
+@click.option(
+    "--method",
+    default="rotatek",
+    show_default=True,
+    shell_complete=one_of(METHODS),
+    help="rotatek, or a rival: head-drop, head-drop-native, int4, kivi2, ...",
+)
 @click.option("--keep-ratio", type=float, help="Fraction of Key directions kept, mean over heads. Default: 0.25.")
 @click.option("--kv-budget", type=float, help="Rivals: at most this fraction of the dense bytes of Keys and Values.")
-@click.option("--basis", default="two-sided", show_default=True, help="two-sided, pca or paper.")
-@click.option("--allocation", default="allocated", show_default=True, help="allocated (by measured KL) or uniform ranks.")
-@click.option("--span", default="visual", show_default=True, help="What is coded: visual, or all (old text too).")
+@click.option("--basis", default="two-sided", show_default=True, shell_complete=one_of(BASES), help="two-sided, pca or paper.")
+@click.option(
+    "--allocation",
+    default="allocated",
+    show_default=True,
+    shell_complete=one_of(ALLOCATIONS),
+    help="allocated (by measured KL) or uniform ranks.",
+)
+@click.option(
+    "--span", default="visual", show_default=True, shell_complete=one_of(SPANS), help="What is coded: visual, or all (old text too)."
+)
 @click.option("--window", type=int, default=128, show_default=True, help="Newest text tokens kept raw.")
 @click.option("--num-samples", type=int, default=64, show_default=True, help="Calibration documents; an eighth is kept for checking.")
 @click.option("--batch-size", type=int, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--dtype", help="float32, float16 or bfloat16. Default: the checkpoint's on a GPU, float32 on a CPU.")
-@click.option("--device", help="cpu, cuda, cuda:N, or auto (spread over all GPUs). Default: a GPU if there is one.")
+@click.option(
+    "--dtype",
+    shell_complete=one_of(DTYPES),
+    help="float32, float16 or bfloat16. Default: the checkpoint's on a GPU, float32 on a CPU.",
+)
+@click.option(
+    "--device",
+    shell_complete=one_of(DEVICES),
+    help="cpu, cuda, cuda:N, or auto (spread over all GPUs). Default: a GPU if there is one.",
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--calib-revision", help="Branch, tag or commit of calibration data on the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Let a Hub model run its own code (off).")
@@ -44,8 +70,6 @@ from ..parallel import is_main
 def command(model: str | None, calib: str | None, output: Path | None, **options: Any) -> None:
     as_json, dry_run = options.pop("as_json"), options.pop("dry_run")
     if options.pop("list_models"):
-        from .. import aliases
-
         click.echo(json.dumps({name: alias.to_json() for name, alias in aliases.ALIASES.items()}) if as_json else aliases.table())
         return
     if options.pop("list_data"):
@@ -60,16 +84,19 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
     repo, private = options.pop("repo"), options.pop("private")
     if private and repo is None:
         raise UsageError("--private comes with --push-to-hub REPO")
-    from ..compiler import CompileOptions, compile_artifact, prepare
-
     target = output or Path("artifacts") / f"{Path(model).resolve().name}-{Path(calib).resolve().stem}"
     chosen = CompileOptions(model=model, calib=calib, output=target, **options)
+    _check_names(model, calib)
+    from ..compiler import compile_artifact, prepare
+
     if repo is not None and is_main():
         from ..hub_push import check_target, describe, push_compiled
 
         place = check_target(repo, private=private)  # before hours of work
     if dry_run:
         plan = prepare(chosen)
+        size, asked = plan.data.size, chosen.num_samples  # the size is known of local files
+        samples = asked if size is None else min(asked, size)
         dense, compressed = plan.bytes_per_token(chosen.keep_ratio)
         layers = plan.geometry.layers
         summary: dict[str, Any] = {
@@ -80,7 +107,7 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
             "kv_bytes_per_token": {"dense": dense, "compressed": compressed},
             "seconds": None,
             "geometry": plan.geometry.to_json(),
-            "data": {"name": plan.data.name, "split": plan.data.split, "num_samples": chosen.num_samples},
+            "data": {"name": plan.data.name, "split": plan.data.split, "num_samples": samples},
         }
         first = layers[plan.geometry.compressible[0]]
         ours = f"basis {chosen.basis}, {chosen.allocation} ranks, keep ratio {chosen.keep_ratio}"
@@ -89,7 +116,8 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
             f"{plan.source.name} ({plan.geometry.model_type}): {len(layers)} text layers, {summary['layers']} compressed, "
             f"{first.query_heads}/{first.kv_heads} heads of {first.head_dim}\n"
             f"{words}, span {chosen.span}, window {chosen.window}\n"
-            f"data {plan.data.name}, {chosen.num_samples} samples\n"
+            f"data {plan.data.name}, {samples} sample{'s' if samples > 1 else ''}"
+            f"{f' (all there are; --num-samples {asked})' if samples < asked else ''}\n"
             f"bytes per coded token, all layers: {dense} dense, about {compressed:.0f} compressed ({dense / compressed:.2f}x smaller)\n"
             f"would write {target}"
         )
@@ -97,11 +125,13 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
         summary = compile_artifact(chosen)
         sizes, seconds = summary["kv_bytes_per_token"], summary["seconds"]
         parts = [name for name in seconds if name != "total"]
+        from ..card import checked_on
+
         text = (
             f"wrote {summary['artifact']}: {summary['layers']} layers, {sizes['dense']} -> {sizes['compressed']:.0f} bytes per coded token "
             f"({sizes['dense'] / sizes['compressed']:.2f}x smaller)\n"
             + (
-                f"plan KL on documents kept aside: {summary['plan']['predicted_kl']:.2e} nats per answer token\n"
+                f"plan KL on {checked_on(summary['plan']['kept_aside'])}: {summary['plan']['predicted_kl']:.2e} nats per answer token\n"
                 if chosen.method == "rotatek"
                 else f"{summary['plan']['setting']}\n"
             )
@@ -113,3 +143,11 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
             summary["pushed"], text = pushed.to_json(), f"{text}\n{describe(pushed)}"
     if is_main():  # under torchrun the others have helped
         click.echo(json.dumps(summary) if as_json else text)
+
+
+def _check_names(model: str, calib: str) -> None:
+    """Refuse unknown names at once; what they name is opened later."""
+    from ..calibration_data.registry import refuse_unknown
+
+    aliases.refuse_unknown(model)
+    refuse_unknown(calib)

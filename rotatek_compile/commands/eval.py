@@ -8,19 +8,38 @@ from typing import Any
 
 import click
 
+from .. import aliases
 from ..errors import RotateKError, UsageError
+from ..names import ASK, METHODS, SUITES, refuse_unknown
 from ..parallel import launched
+from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of, paths
 
 
 @click.command("eval", help="Measure ARTIFACT (a directory, or ORG/NAME on the Hub) against the dense model and other methods.")
-@click.argument("artifact")
-@click.option("--data", required=True, help="Data set name, local path or Hub id; rotatek-compile --list-data shows names.")
+@click.argument("artifact", shell_complete=paths("dir"))
+@click.option(
+    "--data",
+    required=True,
+    shell_complete=complete_data,
+    help="Data set name, local path or Hub id; rotatek-compile --list-data shows names.",
+)
 @click.option("--data-revision", help="Branch, tag or commit of data on the Hub.")
-@click.option("--ask", help="after: the question comes once the images are compressed; with: before.  [default: after; suites: both]")
-@click.option("--method", "methods", multiple=True, metavar="NAME", help="Another method too: rotatek or a rival; may repeat.")
+@click.option(
+    "--ask",
+    shell_complete=one_of(ASK),
+    help="after: the question comes once the images are compressed; with: before.  [default: after; suites: both]",
+)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=one_of(METHODS),
+    help="Another method too: rotatek or a rival; may repeat.",
+)
 @click.option("--kv-budget", "budgets", type=float, multiple=True, metavar="F", help="KV bytes of images over dense; may repeat.")
 @click.option("--keep-ratio", "ratios", type=float, multiple=True, metavar="F", help="What a method keeps of Keys or heads; may repeat.")
-@click.option("--suite", help="A whole comparison: rivals.")
+@click.option("--suite", shell_complete=one_of(SUITES), help="A whole comparison: rivals.")
 @click.option("--quick", is_flag=True, help="Only 12 documents: minutes on a small machine.")
 @click.option("--num-samples", type=int, help="Documents.  [default: 50]")
 @click.option("--batch-size", type=int, default=4, show_default=True)
@@ -28,10 +47,10 @@ from ..parallel import launched
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--backend", type=click.Choice(["auto", "triton", "torch", "reconstruct"]), default="auto", show_default=True)
 @click.option("--no-fallback", is_flag=True, help="Never keep more than planned.")
-@click.option("--model", help="Base weights other than the recorded ones.")
+@click.option("--model", shell_complete=complete_model, help="Base weights other than the recorded ones.")
 @click.option("--revision", help="Branch, tag or commit of an artifact on the Hub.")
-@click.option("--dtype", help="float32, float16 or bfloat16.")
-@click.option("--device", help="cpu, cuda, cuda:N, or auto: spread over all GPUs.")
+@click.option("--dtype", shell_complete=one_of(DTYPES), help="float32, float16 or bfloat16.")
+@click.option("--device", shell_complete=one_of(DEVICES), help="cpu, cuda, cuda:N, or auto: spread over all GPUs.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for results.csv and documents.jsonl.")
 @click.option("--resume", is_flag=True, help="Go on with the evaluation in --output.")
 @click.option("--plot", is_flag=True, help="Draw the results into --output (needs matplotlib).")
@@ -40,10 +59,7 @@ from ..parallel import launched
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(artifact: str, data: str, **options: Any) -> None:
     _check(options)
-    from ..evaluate import ASK
-
-    if options["ask"] is not None and options["ask"] not in ASK:
-        raise UsageError(f"unknown --ask {options['ask']!r}; choose one of {', '.join(ASK)}")
+    _check_names(data, options)
     asks = (options["ask"],) if options["ask"] else ASK if options["suite"] else ASK[:1]
     measured, samples = _measure(artifact, data, asks, options)
     rows = [m.to_json() for m in measured]
@@ -59,6 +75,10 @@ def command(artifact: str, data: str, **options: Any) -> None:
 def _check(options: dict[str, Any]) -> None:
     if launched()[1] > 1:
         raise UsageError("rotatek-eval runs in one process; start it without torchrun, with --device auto to use several GPUs")
+    known = (("ask", options["ask"], ASK), ("suite", options["suite"], SUITES), *(("method", name, METHODS) for name in options["methods"]))
+    for option, name, choices in known:
+        if name is not None:
+            refuse_unknown(option, name, choices)
     for name in ("num_samples", "batch_size", "max_new_tokens"):
         if options[name] is not None and options[name] < 1:
             raise UsageError(f"--{name.replace('_', '-')} {options[name]} is out of range; it must be at least 1")
@@ -79,6 +99,15 @@ def _check(options: dict[str, Any]) -> None:
             raise UsageError(f"--{name} needs --output DIR")
 
 
+def _check_names(data: str, options: dict[str, Any]) -> None:
+    """Refuse unknown names at once; what they name is opened later."""
+    from ..calibration_data import registry
+
+    registry.refuse_unknown(data)
+    if options["model"] is not None:
+        aliases.refuse_unknown(options["model"])
+
+
 def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str, Any]) -> tuple[list[Any], int]:
     from ..api import base_source, load_base
     from ..batches import end_ids, rope_index
@@ -88,7 +117,7 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     from ..evaluate import Evaluator
     from ..hub import open_artifact
     from ..journal import FILE, Journal
-    from ..methods import SUITES, Methods
+    from ..methods import Methods
     from ..models import choose_device
     from ..plots import plot_results, require_matplotlib
     from ..runtime.backends import choose_backend
@@ -97,8 +126,6 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
 
     if options["plot"]:
         require_matplotlib()
-    if options["suite"] is not None and options["suite"] not in SUITES:
-        raise UsageError(f"unknown --suite {options['suite']!r}; choose one of {', '.join(SUITES)}")
     output, size = options["output"], options["batch_size"]
     if output is not None and not options["resume"] and (output / FILE).exists():
         raise RotateKError(f"{output / FILE} holds an evaluation already; pass --resume to go on with it, or another --output")
@@ -156,10 +183,12 @@ def _print(rows: list[dict[str, Any]]) -> None:
     wide = max(7, len(metric)) if metric not in ("exact_match", "anls") else 0
     own = [f" {row['score']:{wide}.3f}" if wide else "" for row in rows]
     title = f" {metric:>{wide}}" if wide else ""
-    sizes = f"{'KV bytes':>12} {'dense':>12} {'coded span':>12} {'dense':>12}"
-    click.echo(f"{'method':{width}}{title} {'exact':>7} {'ANLS':>7} {'KL':>10} {sizes}")
+    sizes = f"{'KV bytes':>12} {'dense KV':>12} {'coded span':>12} {'dense span':>12} {'ratio':>6}"
+    click.echo(f"{'method':{width}}{title} {'exact':>7} {'ANLS':>7} {'KL/token':>10} {sizes}")
     for (name, row), score in zip(named, own, strict=True):
+        span, dense = row["span_bytes"], row["span_bytes_dense"]
+        coded = f"{span:12,.0f} {dense:12,.0f} {span / dense:6.3f}" if dense else f"{'-':>12} {'-':>12} {'-':>6}"
         click.echo(
             f"{name:{width}}{score} {row['exact_match']:7.3f} {row['anls']:7.3f} {row['kl']:10.2e} {row['kv_bytes']:12,.0f} "
-            f"{row['kv_bytes_dense']:12,.0f} {row['span_bytes']:12,.0f} {row['span_bytes_dense']:12,.0f}"
+            f"{row['kv_bytes_dense']:12,.0f} {coded}"
         )

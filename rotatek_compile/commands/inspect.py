@@ -9,13 +9,14 @@ from typing import Any
 import click
 
 from ..errors import UsageError
+from .completion import paths
 
 
 @click.command(
     "inspect", help="Show what ARTIFACT (a directory, or ORG/NAME on the Hub) keeps per layer and head; with OTHER, compare two."
 )
-@click.argument("artifact")
-@click.argument("other", required=False)
+@click.argument("artifact", shell_complete=paths("dir"))
+@click.argument("other", required=False, shell_complete=paths("dir"))
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write one self-contained page of plots instead.")
 @click.option("--overwrite", is_flag=True, help="Let --html replace a file that is no such page.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")

@@ -31,8 +31,8 @@ def run(command: click.Command) -> None:
     except RotateKError as error:
         _fail(str(error), error.exit_code)
     except Exception as error:
-        if type(error).__name__ == "DataError":  # calibration_data knows nothing of our error types
-            _fail(str(error))
+        if any(kind.__name__ == "DataError" for kind in type(error).__mro__):  # calibration_data knows nothing of our error types
+            _fail(str(error), getattr(error, "exit_code", 1))
         if isinstance(error, OSError) and error.filename is not None:
             _fail(f"{error.filename}: {error.strerror}; check the path and its permissions")
         if isinstance(error, BrokenPipeError):  # the reader of a pipe has seen enough

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+from .completion import paths
+
 
 @click.command("push", help="Push ARTIFACT (a directory) to REPO (ORG/NAME, or NAME in your own account) on the Hugging Face Hub.")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=click.Path(path_type=Path), shell_complete=paths("dir"))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request on an existing repository instead of committing.")

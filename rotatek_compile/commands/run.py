@@ -8,16 +8,19 @@ from typing import Any
 
 import click
 
+from .. import aliases
 from ..errors import UsageError
+from ..names import check_fraction
 from ..parallel import is_main, launched, local_device
+from .completion import DEVICES, DTYPES, complete_model, one_of, paths
 
 
 @click.command(
     "run", help="Answer PROMPT about images or a video with the compressed cache of ARTIFACT (a directory, or ORG/NAME on the Hub)."
 )
-@click.argument("artifact")
-@click.option("--image", "images", multiple=True, help="Image file; repeat for several pages.")
-@click.option("--video", help="Video file, or a folder of frames; it becomes one segment of the cache.")
+@click.argument("artifact", shell_complete=paths("dir"))
+@click.option("--image", "images", multiple=True, shell_complete=paths("file"), help="Image file; repeat for several pages.")
+@click.option("--video", shell_complete=paths("file"), help="Video file, or a folder of frames; it becomes one segment of the cache.")
 @click.option("--num-frames", type=int, default=16, show_default=True, help="Most frames of the video, evenly spread.")
 @click.option("--fps", type=float, help="Frames a second of a folder of frames (1 unless given).")
 @click.option("--prompt", required=True, help="The question.")
@@ -27,12 +30,12 @@ from ..parallel import is_main, launched, local_device
 @click.option("--no-fallback", is_flag=True, help="Never keep more than planned, however unusual the image.")
 @click.option("--keep-ratio", type=float, help="Another fraction of Key directions than the artifact's plan keeps.")
 @click.option("--kv-budget", type=float, help="Another budget, as a fraction of the dense bytes of coded tokens.")
-@click.option("--adapter", help="A peft adapter (directory or Hub id) to put on the base weights.")
+@click.option("--adapter", shell_complete=paths("dir"), help="A peft adapter (directory or Hub id) to put on the base weights.")
 @click.option("--attn-implementation", help="What attends tokens that arrive together: sdpa, flash_attention_2, eager.")
-@click.option("--model", help="Base weights other than the recorded ones.")
+@click.option("--model", shell_complete=complete_model, help="Base weights other than the recorded ones.")
 @click.option("--revision", help="Branch, tag or commit of an artifact on the Hub.")
-@click.option("--dtype", help="float32, float16 or bfloat16.")
-@click.option("--device", help="cpu, cuda, cuda:N, or auto: spread over all GPUs.")
+@click.option("--dtype", shell_complete=one_of(DTYPES), help="float32, float16 or bfloat16.")
+@click.option("--device", shell_complete=one_of(DEVICES), help="cpu, cuda, cuda:N, or auto: spread over all GPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", is_flag=True, help="Print the answer only.")
 def command(artifact: str, images: tuple[str, ...], prompt: str, **options: Any) -> None:
@@ -44,9 +47,13 @@ def command(artifact: str, images: tuple[str, ...], prompt: str, **options: Any)
         raise UsageError("--prompt is not valid text in this terminal's encoding; pass it as UTF-8")
     if options["fps"] is not None and not options["video"]:
         raise UsageError(f"--fps {options['fps']:g} belongs to --video; name the folder of frames")
+    for name in ("keep_ratio", "kv_budget"):
+        check_fraction(f"--{name.replace('_', '-')}", options[name])
+    if options["model"] is not None:
+        aliases.refuse_unknown(options["model"])
     from ..answer import answer_once, comparison
     from ..api import dressed, load_base
-    from ..calibration_data.local import open_image
+    from ..calibration_data.local import open_named
     from ..hub import open_artifact
     from ..models import choose_device
     from ..replan import replanned
@@ -57,7 +64,7 @@ def command(artifact: str, images: tuple[str, ...], prompt: str, **options: Any)
     read = open_artifact(artifact, options["revision"])
     plan = {name: options[name] for name in ("keep_ratio", "kv_budget")}
     used = read if all(value is None for value in plan.values()) else replanned(read, **plan)
-    pages = [open_image(Path(name), f"--image {name}") for name in images]
+    pages = [open_named(name, Path(), f"--image {name}") for name in images]
     clip = read_clip(Path(options["video"]), options["num_frames"], options["fps"]) if options["video"] else None
     device, shared = local_device(options["device"]), launched()[1] > 1  # under torchrun the processes share the model's heads
     choose_backend(options["backend"], choose_device(device))  # refused before weights are loaded

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -134,3 +135,11 @@ def test_models_beside_each_other(table, monkeypatch, capsys):
     scores = "0.50 [0.50, 0.50] | 5.0e-01"
     assert out[2] == "| method | m: coded span | exact match | KL per token | n: coded span | exact match | KL per token |"
     assert out[4:] == [f"| int4 (wanted 0.25) | 0.3000 | {scores} | 0.4000 | {scores} |"]  # only what both have
+
+
+@pytest.mark.parametrize("arguments", [(), ("benchmarks/results/bench_decode.csv",)])
+def test_decode_table_of_the_saved_run(arguments):
+    command = [sys.executable, str(FOLDER / "print_decode.py"), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("NVIDIA ") and "| SDPA cuDNN |" in ended.stdout

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rotatek_compile.calibration_data import readers
 from rotatek_compile.calibration_data.errors import DataError
 from rotatek_compile.calibration_data.known_sets import KNOWN, owners
 from rotatek_compile.calibration_data.registry import listing, open_data, table
@@ -80,6 +81,10 @@ def test_skills_are_those_of_the_benchmark(hub_cache):
         hub_cache(repository)
     for split in ("calibration", "evaluation"):
         assert {sample.skill for sample in read("chartqa", split)[1].values()} == {"human", "augmented"}
+    asked = [readers.CHARTQA_TRAIN.ask({"query": "?", "label": ["1"], "human_or_machine": kind}, ()) for kind in (0, 1)]
+    assert [one.skill for [one] in asked] == ["human", "augmented"]
+    halves = {"How high?": "human", "How low?": "augmented"}
+    assert {s.question.partition("\n")[0]: s.skill for s in read("chartqa", "evaluation")[1].values()} == halves
     kinds = {sample.skill: sample.details for sample in read("ocrbench", "evaluation")[1].values()}
     assert kinds["Handwritten Mathematical Expression Recognition"] == {"dataset": "HME100k"} and len(kinds) == 2
 

@@ -57,6 +57,83 @@ def test_csv(tmp_path, write_data, expected):
     assert (sample.question, sample.answers, pixels(sample.images)) == ("What, then?", ("a",), expected[:1])
 
 
+ODD_TEXTS = ["0012", "12", "1.50", "2026-01-02", "NA", "None", "true", "1,234"]
+
+
+def test_csv_answers_stay_as_they_are_written(tmp_path, write_data):
+    """A column of numbers with a gap would become fractions, `NA` nothing at all."""
+    write_data(ROW)
+    rows = [["What?", text, "page0.png"] for text in ODD_TEXTS] + [["What?", "", "page0.png"], ["2026", "7", ""]]
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["question", "answer", "image"], *rows])
+    samples = read(tmp_path / "rows.csv")
+    assert [sample.answers for sample in samples] == [*((text,) for text in ODD_TEXTS), (), ("7",)]
+    assert samples[-1].question == "2026" and samples[-1].images == ()
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["question", "answer", "image"], ["What?", "12", "page0.png"], ["What?", "", "page0.png"]])
+    assert [sample.answers for sample in read(tmp_path / "rows.csv")] == [("12",), ()]
+
+
+@pytest.mark.parametrize(
+    ("cell", "answers"),
+    [
+        ('["none", "b"]', ("none", "b")),
+        ("[]", ()),
+        ('["none", "b"', ('["none", "b"',)),
+        ("[0.1, 0.2]", ("[0.1, 0.2]",)),
+        ("[x]", ("[x]",)),
+        ('{"a": 1}', ('{"a": 1}',)),
+    ],
+)
+def test_csv_cells_that_hold_lists(tmp_path, write_data, expected, cell, answers):
+    """Lists of texts only: a box is a text that begins with a bracket too. A single `answer` stays what is written."""
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["question", "answers", "images"], ["What?", cell, json.dumps(ROW["images"])]])
+    [sample] = read(tmp_path / "rows.csv")
+    assert (sample.answers, pixels(sample.images)) == (answers, expected)
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["question", "answer", "images"], ["What?", cell, "page0.png"]])
+    [sample] = read(tmp_path / "rows.csv")
+    assert (sample.answers, pixels(sample.images)) == ((cell,), expected[:1])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("column", ["answer", "answers"])
+def test_dates_in_json_stay_text(write_data, name, column):
+    """Where all answers look like dates, a reader of tables makes them times, and `00:00:00` of what was not written."""
+    answers = ["2026-01-02", "2026-11-21T08:00:00"]
+    file = write_data(*(ROW | {"answers": None, column: [a] if column == "answers" else a} for a in answers), name=name)
+    assert [sample.answers for sample in read(file)] == [(a,) for a in answers]
+
+
+def test_answers_of_several_types_in_json(write_data):
+    file = write_data(*(ROW | {"answers": None, "answer": a} for a in (1.5, 12, "12 kg", "", None)))
+    assert [sample.answers for sample in read(file)] == [("1.5",), ("12",), ("12 kg",), (), ()]
+    with pytest.raises(DataError, match="row 0: an answer is a dict, expected text; write it as text"):
+        read(write_data(ROW | {"answers": {"text": ["a"]}}))
+
+
+def test_json_over_several_lines(tmp_path, write_data):
+    write_data(ROW)
+    (tmp_path / "rows.json").write_text(json.dumps([ROW, ROW | {"question": "line\u2028end"}], indent=1, ensure_ascii=False))
+    assert [sample.question for sample in read(tmp_path / "rows.json")] == ["What?", "line\u2028end"]
+    for content, words in (("0\n", "a row is 0, expected an object"), ('{"question": "\\ud800"}', "surrogates not allowed")):
+        (tmp_path / "rows.json").write_text(content)
+        with pytest.raises(DataError, match=f"could not be read as json .*{words}"):
+            open_local(tmp_path / "rows.json")
+
+
+def test_parquet_times_are_refused(tmp_path, write_data):
+    import datetime
+
+    import datasets
+
+    write_data(ROW)
+    datasets.Dataset.from_list([ROW | {"answers": [datetime.datetime(2026, 1, 2)]}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows.parquet row 0: an answer is a datetime, expected text; write it as text"):
+        read(tmp_path / "rows.parquet")
+
+
 @pytest.mark.parametrize("embedded", [False, True])
 def test_parquet(tmp_path, write_data, expected, embedded):
     import datasets

@@ -38,6 +38,11 @@ def test_compile_options(cli, checkpoint, data_file, tmp_path, untouched, argume
         (["--model", "tiny-llava-next"], "--calib is missing"),
         (["--model", "lava", "--calib", "forms"], "unknown model 'lava'; use one of tiny-llava-next, tiny-qwen3-vl, llava-next, "),
         (["--model", "", "--calib", "forms"], "unknown model ''"),
+        (["--model", "lava-next", "--calib", "forms"], "or a Hub id like org/name; did you mean llava-next?"),
+        (
+            ["--model", "tiny-llava-next", "--calib", "forms", "--method", "kivi3"],
+            "unknown --method 'kivi3'; choose one of rotatek, int8, int4",
+        ),
     ],
 )
 def test_compile_names(cli, tmp_path, untouched, monkeypatch, arguments, words):
@@ -56,6 +61,7 @@ def test_compile_names(cli, tmp_path, untouched, monkeypatch, arguments, words):
         ("run", ["--prompt", "What?", "--backend", "cudnn"], "cudnn"),
         ("run", ["--prompt", "What?", "--dtype", "fp8"], "unknown dtype 'fp8'"),
         ("run", ["--prompt", "What?", "--model", "lava"], "unknown model 'lava'"),
+        ("eval", ["--data", "forms", "--model", "qwen-vl"], "did you mean qwen3-vl?"),
         ("eval", [], "Missing option '--data'"),
         ("eval", ["--data", "forms", "--ask", "before"], "unknown --ask 'before'; choose one of after, with"),
         ("eval", ["--data", "forms", "--num-samples", "0"], "--num-samples 0 is out of range"),

@@ -56,15 +56,21 @@ def test_broken_json_lines(cli, compiled, checkpoint, tmp_path, untouched, conte
     ("name", "words"),
     [
         ("forms2", "unknown data set 'forms2'; use one of forms, tables, letters, charts, mixed, docvqa,"),
+        ("forms2", "or a path to a .jsonl, .parquet or folder of them; did you mean forms?"),
+        ("DocVQA", "; did you mean docvqa?"),
         ("forms:cell", "unknown skill in 'forms:cell'; forms has forms:field, forms:missing, forms:larger, forms:page"),
         ("charts:", "unknown skill in 'charts:'; charts has charts:chart"),
-        ("./no.jsonl", "data path ./no.jsonl does not exist"),
         ("", "unknown data set ''"),
     ],
 )
 def test_data_names(cli, compiled, checkpoint, tmp_path, name, words):
     for ended in attempts(cli, checkpoint, compiled, name, tmp_path / "out"):
-        assert words in ended.sentence()
+        assert words in ended.sentence(2)
+
+
+def test_data_path_that_does_not_exist(cli, compiled, checkpoint, tmp_path):
+    for ended in attempts(cli, checkpoint, compiled, "./no.jsonl", tmp_path / "out"):
+        assert "data path ./no.jsonl does not exist" in ended.sentence()
 
 
 def png(size=(90, 70)):
@@ -91,7 +97,20 @@ def test_picture_that_does_not_open(cli, compiled, checkpoint, write_data, tmp_p
 def test_missing_picture_and_folder_in_its_place(cli, compiled, tmp_path):
     said = cli("run", compiled, "--image", tmp_path / "gone.png", "--prompt", "What?").sentence()
     assert said == f"error: --image {tmp_path / 'gone.png'} does not exist; check the path"
-    assert "does not open as an image" in cli("run", compiled, "--image", tmp_path, "--prompt", "What?").sentence()
+    said = cli("run", compiled, "--image", tmp_path, "--prompt", "What?").sentence()
+    assert said == f"error: --image {tmp_path} is a folder; name a picture in it"
+
+
+def test_picture_on_the_web_is_not_fetched(cli, compiled, checkpoint, write_data, tmp_path):
+    address = "https://example.org/page.png"
+    words = "is a web address, and nothing is fetched from there; download it and pass the file"
+    assert cli("run", compiled, "--image", address, "--prompt", "?").sentence() == f"error: --image {address} {words}"
+    file = write_data(GOOD, GOOD | {"image": address})
+    for ended in attempts(cli, checkpoint, compiled, file, tmp_path / "out"):
+        assert ended.sentence() == f"error: {file} row 1: image {address} {words}"
+    file = write_data(GOOD | {"image": "."})
+    for ended in attempts(cli, checkpoint, compiled, file, tmp_path / "out"):
+        assert ended.sentence() == f"error: {file} row 0: image {tmp_path} is a folder; name a picture in it"
 
 
 def test_prompt_with_the_placeholder(cli, compiled, data_file):

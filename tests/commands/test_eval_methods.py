@@ -71,6 +71,7 @@ def test_methods(cli, measured, data_file):
         (["--method", "rotatek"], "--method rotatek needs --keep-ratio"),
         (["--method", "rotatek", "--kv-budget", "0.5"], "use --keep-ratio"),
         (["--suite", "all", "--output", "x"], "unknown --suite 'all'; choose one of rivals"),
+        (["--suite", "rival"], "unknown --suite 'rival'; choose one of rivals"),
         (["--suite", "rivals"], "--suite writes files; say where with --output DIR"),
         (["--suite", "rivals", "--output", "x", "--method", "int4"], "--suite and --method contradict each other"),
         (["--quick", "--num-samples", "5"], "--quick and --num-samples contradict each other"),
@@ -117,6 +118,7 @@ def test_suite_files_and_resuming(cli, measured, make_checkpoint, data_file, tmp
     said = cli(*arguments, tmp_path / "killed").sentence()
     assert "interrupted; what was measured is in" in said and "--resume" in said
     ended = cli(*arguments, tmp_path / "killed", "--resume")
+    assert "nothing saved" not in ended.err
     assert ended.code == 0 and "int4" in ended.out and "question asked with compression" in ended.out
     for name in ("results.csv", "documents.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -124,6 +126,12 @@ def test_suite_files_and_resuming(cli, measured, make_checkpoint, data_file, tmp
     assert "made with batch_size 2, this run has 1" in said
     said = cli(*arguments, tmp_path / "whole", "--resume", "--model", make_checkpoint(seed=2)).sentence()
     assert "made with weights" in said  # of the same name and geometry
+
+
+def test_resuming_nothing_is_told(cli, measured, data_file, tmp_path):
+    ended = cli("eval", measured, "--data", data_file, *QUICK, "--output", tmp_path / "new", "--resume")
+    note = f"warning: --resume: nothing saved in {tmp_path / 'new'}, starting anew"
+    assert ended.code == 0 and ended.err.splitlines().count(note) == 1 and (tmp_path / "new" / "results.csv").is_file()
 
 
 def test_plot_without_matplotlib(cli, measured, data_file, tmp_path, monkeypatch, untouched):

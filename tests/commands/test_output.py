@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import safetensors.torch
@@ -87,8 +88,6 @@ def test_empty_directory_link_and_working_directory(compile_to, tmp_path, untouc
 
 
 def test_paths_with_blanks_brackets_and_umlauts(compile_to, cli, checkpoint, data_file, tmp_path):
-    import shutil
-
     home = tmp_path / "größe [1] *"
     model, pages = shutil.copytree(checkpoint, home / "mödel 1"), shutil.copytree(data_file.parent, home / "päges [x]")
     assert compile_to(home / "ärt 1", model=model, data=pages / data_file.name).code == 0
@@ -135,6 +134,48 @@ def test_same_options_same_bytes_and_no_path_in_the_card(compile_to, tmp_path, c
     assert not [word for word in (str(tmp_path), str(checkpoint), str(data_file), "/tmp", str(data_file.parent)) if word in card]
 
 
+@pytest.mark.parametrize(
+    ("samples", "words"), [(7, "the calibration documents themselves (too few to keep any aside)"), (8, "documents kept aside")]
+)
+def test_what_a_plan_was_checked_on_is_told(compile_to, write_data, tmp_path, samples, words):
+    rows = write_data(*({"question": f"{n}?", "answer": "a", "image": "page0.png"} for n in range(samples)))
+    ended = compile_to(tmp_path / "out", "--num-samples", samples, data=rows)
+    assert f"plan KL on {words}: " in ended.out
+    assert f"KL of the plan on {words}: " in (tmp_path / "out" / "README.md").read_text()
+    assert "one calibration document" not in ended.err
+
+
+@pytest.mark.parametrize("more", [(), ("--method", "head-drop", "--kv-budget", 0.2)])
+def test_a_single_document_is_warned_of(compile_to, write_data, tmp_path, more):
+    rows = write_data({"question": "1?", "answer": "a", "image": "page0.png"}, {"question": "2?", "image": "page1.png"})
+    ended = compile_to(tmp_path / "out", *more, data=rows)
+    words = f"warning: {rows} has one calibration document: what is kept fits that one; pass dozens like yours"
+    assert ended.code == 0 and ended.err.splitlines().count(words) == 1
+
+
+def test_dry_run_counts_local_rows(compile_to, data_file, tmp_path, untouched):
+    """Without opening pictures: none lies beside this copy."""
+    moved = tmp_path / "rows.jsonl"
+    shutil.copy(data_file, moved)
+    few, all_there = (
+        compile_to(tmp_path / "out", "--dry-run", "--num-samples", 3, data=moved),
+        compile_to(tmp_path / "out", "--dry-run", "--num-samples", 64, data=moved),
+    )
+    assert f"data {moved}, 3 samples\n" in few.out
+    assert f"data {moved}, 4 samples (all there are; --num-samples 64)\n" in all_there.out
+    told = json.loads(compile_to(tmp_path / "out", "--dry-run", "--num-samples", 64, "--json", data=moved).out)
+    assert told["data"]["num_samples"] == 4
+    untouched(tmp_path, "rows.jsonl")
+
+
+def test_resuming_nothing_is_told(compile_to, tmp_path, fresh_moments):
+    note = "warning: --resume: nothing saved, starting anew"
+    ended = compile_to(tmp_path / "a", "--resume")
+    assert ended.code == 0 and ended.err.splitlines().count(note) == 1
+    ended = compile_to(tmp_path / "b", "--resume")  # the moments are whole by now
+    assert ended.code == 0 and "nothing saved" not in ended.err
+
+
 def test_another_budget_needs_no_second_calibration(compile_to, tmp_path, fresh_moments, batches):
     assert compile_to(tmp_path / "a").code == 0
     assert batches["count"] == 2
@@ -155,6 +196,22 @@ def test_changed_picture_is_calibrated_again(compile_to, write_data, tmp_path, f
     assert (tmp_path / "a" / TENSOR_FILE).read_bytes() != (tmp_path / "b" / TENSOR_FILE).read_bytes()
 
 
+def test_changed_processor_is_calibrated_again(compile_to, cli, checkpoint, data_file, tmp_path, fresh_moments, batches):
+    """How pictures are read stands beside the weights, not in them: neither moments nor an evaluation go on with other pictures."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    assert compile_to(tmp_path / "a", "--model", model).code == 0
+    settings = json.loads((model / "processor_config.json").read_text())
+    settings["image_processor"]["image_mean"] = [0.1, 0.5, 0.9]
+    (model / "processor_config.json").write_text(json.dumps(settings))
+    assert compile_to(tmp_path / "b", "--model", model).code == 0
+    assert batches["count"] == 4
+    assert (tmp_path / "a" / TENSOR_FILE).read_bytes() != (tmp_path / "b" / TENSOR_FILE).read_bytes()
+    measure = ("eval", tmp_path / "a", "--data", data_file, "--num-samples", 1, "--max-new-tokens", 1, "--device", "cpu")
+    assert cli(*measure, "--output", tmp_path / "out").code == 0
+    shutil.copy(tmp_path / "b" / "processor_config.json", tmp_path / "a" / "processor_config.json")
+    assert "was made with processor" in cli(*measure, "--output", tmp_path / "out", "--resume").sentence()
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(compile_to, tmp_path, untouched, fresh_moments, batches):
     from safetensors.torch import load_file
 
@@ -167,7 +224,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(compile_to, tmp_path, unto
     assert said == "error: interrupted; 2 of 4 documents are saved, run the same command with --resume to go on"
     untouched(tmp_path, "whole")
     batches |= {"count": 0, "stop_at": None}
-    assert compile_to(tmp_path / "out", "--resume").code == 0
+    ended = compile_to(tmp_path / "out", "--resume")
+    assert ended.code == 0 and "nothing saved" not in ended.err
     assert batches["count"] == 1
     resumed = {file.name: load_file(file) for file in fresh_moments.iterdir()}
     assert resumed.keys() == whole.keys() and len(whole) == 1

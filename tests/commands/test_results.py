@@ -1,6 +1,7 @@
 """What commands print when they succeed: results only on stdout, and the JSON shapes that scripts rely on (DESIGN.md §7)."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -101,6 +102,30 @@ def test_eval_words(cli, compiled, data_file):
     lines = ended.out.splitlines()
     assert lines[0] == f"{data_file}, 1 samples, question asked after compression"
     assert [line.split()[0] for line in lines[1:]] == ["method", "dense", "artifact"]
+
+
+def test_eval_table(cli, compiled, data_file):
+    """Every column has a name of its own, over its figures; the dense model codes nothing."""
+    arguments = ("eval", compiled, "--data", data_file, "--num-samples", 2, "--max-new-tokens", 2, "--device", "cpu")
+    ours = json.loads(cli(*arguments, "--json").out)["rows"][1]
+    heading, *rows = cli(*arguments).out.splitlines()[1:]
+    names = re.split(r"\s{2,}|(?<=exact) ", heading.replace("ANLS ", "ANLS  "))
+    assert names == ["method", "exact", "ANLS", "KL/token", "KV bytes", "dense KV", "coded span", "dense span", "ratio"]
+    assert {len(line) for line in (heading, *rows)} == {len(heading)}
+    assert rows[0].split()[-3:] == ["-", "-", "-"]
+    span, dense = ours["span_bytes"], ours["span_bytes_dense"]
+    assert rows[1].split()[3:] == [
+        f"{ours['kl']:.2e}", f"{ours['kv_bytes']:,.0f}", f"{ours['kv_bytes_dense']:,.0f}",
+        f"{span:,.0f}", f"{dense:,.0f}", f"{span / dense:.3f}",
+    ]  # fmt: skip
+
+
+def test_inspecting_two_models_points_to_the_page(cli, compiled, make_checkpoint, data_file, small_run, tmp_path):
+    other = tmp_path / "other"
+    assert cli("compile", "--model", make_checkpoint("two", layers=2), "--calib", data_file, "-o", other, *small_run).code == 0
+    said = cli("inspect", compiled, other).sentence()
+    assert said.startswith("error: the artifacts are of different models: ") and said.endswith("; --html FILE shows them side by side")
+    assert cli("inspect", compiled, other, "--html", tmp_path / "both.html").code == 0
 
 
 def test_inspect(cli, compiled, broken_artifact):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rotatek_compile.bases import BASES, calibrated_basis, paper, pca, shrink_to_condition, two_sided
+from rotatek_compile.bases import calibrated_basis, paper, pca, shrink_to_condition, two_sided
+from rotatek_compile.names import BASES
 
 H, D = 2, 32
 

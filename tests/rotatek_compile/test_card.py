@@ -124,13 +124,23 @@ def test_measured_again_replaces_its_own(artifact, tmp_path):
     assert (other / "README.md").read_text() == before
 
 
-def test_the_data_sets_own_metric(artifact, tmp_path):
+@pytest.mark.parametrize("metric", ["relaxed_accuracy", "anls"])
+def test_the_data_sets_own_metric(artifact, tmp_path, metric):
     file = write(tmp_path, artifact)
-    rows = [r | {"metric": "relaxed_accuracy", "score": 0.9, "score_interval": [0.8, 1.0]} for r in ROWS]
+    rows = [r | {"metric": metric, "score": 0.9, "score_interval": [0.8, 1.0]} for r in ROWS]
     write_measured(tmp_path, "org/base", rows, FACTS)
-    assert "| method | relaxed_accuracy | exact match |" in file.read_text()
+    assert f"| method | {metric} | exact match |" in file.read_text()
     assert "| artifact | 0.900 [0.800, 1.000] | 0.750" in file.read_text()
     assert ModelCard.load(file).data.eval_results[0].metric_value == 0.9
+
+
+def test_a_text_only_model_has_no_images(artifact, tmp_path):
+    file = write(tmp_path, artifact)
+    assert "pipeline_tag: image-text-to-text" in file.read_text()
+    file.write_text(file.read_text().replace("pipeline_tag: image-text-to-text", "pipeline_tag: text-generation"))
+    write_measured(tmp_path, "org/base", ROWS, FACTS)
+    assert "question asked after older text was compressed" in file.read_text() and "| coded text | whole cache |" in file.read_text()
+    assert {r.task_type for r in ModelCard.load(file).data.eval_results} == {"text-generation"}
 
 
 def test_card_without_a_heading_or_front_matter(artifact, tmp_path):

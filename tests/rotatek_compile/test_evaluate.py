@@ -97,6 +97,18 @@ def test_exact_matches_are_counted(tiny, fake_processor, documents):
     assert row["anls"] >= 3 / 5
 
 
+def test_anls_is_the_same_as_a_column_and_as_the_sets_metric(tiny, documents):
+    """Many tokenizers begin an answer with a blank, which the harness takes off before it counts edits and length."""
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    padded = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0, decode=lambda ids, skip_special_tokens: "  Total: 12 "))
+    asked = [replace(documents[0], sample=replace(documents[0].sample, answers=("total 12",), metric="anls"))]
+    run = evaluator(tiny, padded, "after", new=2)
+    [outcome] = evaluate(run, asked, {"dense": run.dense_cache}, 1)[0].outcomes
+    assert outcome.anls == outcome.score == pytest.approx(8 / 9)
+
+
 @pytest.mark.parametrize("ask", ["after", "with"])
 def test_shared_prefill_gives_what_own_prefill_gives(tiny, fake_processor, documents, make_artifact, ask):
     run = evaluator(tiny, fake_processor, ask)

@@ -257,6 +257,17 @@ def test_pushed_again(pushed, compiled, cli, tmp_path):
     assert "lab/art holds the weights of another base model; push --with-weights" in cli("push", other, "lab/art").sentence()
 
 
+def test_weights_that_were_there_do_not_outlive_others(server, compiled, cli):
+    """A whole file would be read before shards, and shards that nobody names change the fingerprint."""
+    assert cli("push", compiled, "lab/whole", "--with-weights").code == 0
+    repo, shards = server.repos["lab/whole"], {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}"}
+    whole = repo.files()
+    repo.commit(whole | shards | {"notes.txt": b"theirs", "other.safetensors": b"theirs"})
+    assert cli("push", compiled, "lab/whole").code == 0 and shards.keys() <= repo.files().keys()  # weights are not this push's matter
+    assert cli("push", compiled, "lab/whole", "--with-weights").code == 0
+    assert repo.files() == whole | {"notes.txt": b"theirs", "other.safetensors": b"theirs"}
+
+
 # ---- nothing but the artifact leaves this machine
 
 

@@ -205,6 +205,19 @@ def test_batches_orders_and_groups(model_class, compiled, requests):
     assert list(batched._batches(asked)) == [[0, 1], [3, 4], [2]]
 
 
+def test_what_the_processor_is_given(model_class, compiled, requests, monkeypatch):
+    """Images by prompt (Gemma 3 and SmolVLM take no flat list for several), and no second begin-of-sequence token (Gemma 3 adds one)."""
+    model, given = create(model_class, compiled, batch_size="3"), []
+    call = type(model.processor).__call__
+    monkeypatch.setattr(type(model.processor), "__call__", lambda self, **named: given.append(named) or call(self, **named))
+    texts(model.generate_until(requests(0, 1, 2)))
+    assert [len(pages) for pages in given[0]["images"]] == [1, 2, 0] and "add_special_tokens" not in given[0]
+    start = given[0]["text"][0].split(">")[0] + ">"
+    model.tokenizer.bos_token = start
+    texts(model.generate_until(requests(2)))
+    assert given[1]["add_special_tokens"] is False and "images" not in given[1]
+
+
 def test_dense_and_compressed_differ_in_the_cache_only(model_class, compiled, requests):
     from rotatek_compile.runtime.enable import active
 

@@ -34,6 +34,11 @@ def test_what_half_precision_would_spoil_stays_whole():
         assert compact(NAME, odd) is odd
 
 
+def test_one_spoiled_head_is_enough():
+    exact = torch.stack([basis(10.0), basis(9000.0), basis(10.0)]).float()
+    assert compact(NAME, exact) is exact and compact(NAME, exact[::2]).dtype == torch.float16
+
+
 def test_nothing_else_is_rounded():
     for name in ("layers.0.visual.key_mean", "layers.0.visual.key_spectrum", "layers.0.sensitivity"):
         tensor = torch.rand(2, 8)

@@ -126,6 +126,22 @@ def test_many_cuts_at_once_are_each_alone(cutter, documents):
     assert torch.allclose(together[1], together[4], rtol=1e-3, atol=1e-6)  # no direction of the Keys: a knock-out (knockout.py)
 
 
+@pytest.mark.parametrize("span_all", [False, True])
+def test_shared_reading_equals_the_stock_kernel_on_a_cut_cache(cutter, tiny, documents, span_all):
+    """Nothing of rereading.py: each document alone, the cut written into its cache, the model's own attention."""
+    c = cutter(span_all=span_all)
+    cuts = [({1: {0: 8}}, ()), ({0: {0: 16, 1: 8}, 2: {1: 0}}, ()), ({2: {1: 8}}, [(2, 0)])]
+    together = c.kl_each(c.prefill(*documents), cuts)
+    for row, item in enumerate(documents):
+        dense, doc = full_logprobs(tiny, item).double(), c.prefill(item)
+        rest = torch.tensor([item.prompt[item.visual_end :] + item.answer[:-1]])
+        for number, cut in enumerate(cuts):
+            with c.cut(doc, *cut), torch.no_grad():
+                logits = tiny(input_ids=rest, past_key_values=doc.cache).logits[0, -len(item.answer) :]
+            kl = float((dense.exp() * (dense - logits.double().log_softmax(-1))).sum(-1).clamp_min(0).sum())
+            assert float(together[number, row]) == pytest.approx(kl, rel=1e-2, abs=1e-6), (number, row)
+
+
 def test_layers_below_a_cut_are_not_run_again(cutter, documents, monkeypatch):
     c = cutter()
     doc = c.prefill(documents[0])
