@@ -1,6 +1,6 @@
 """What calibration costs: moments and bases against a plain forward pass over the same batches, and the sensitivities apart.
 
-    OMP_NUM_THREADS=2 python benchmarks/bench_calibration.py --output benchmarks/results
+OMP_NUM_THREADS=2 python benchmarks/bench_calibration.py --output benchmarks/results
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from rotatek_compile.batches import Encoded, encode, end_ids, merge_media, pad, 
 from rotatek_compile.calibrate import MomentStore, calibrate
 from rotatek_compile.calibration_data.bundled import BundledSet
 from rotatek_compile.compiler import SENSITIVITY_DOCUMENTS
+from rotatek_compile.cutter import Cutter
 from rotatek_compile.models import checked_geometry, load_config, load_model, load_processor, resolve
-from rotatek_compile.sensitivity import Cutter, levels_for, measure
+from rotatek_compile.sensitivity import levels_for, measure
 
 
 def plain_forward(model: Any, items: list[Encoded], batch_size: int, pad_id: int) -> None:

@@ -25,11 +25,11 @@ import transformers
 
 from rotatek_compile.batches import end_ids, rope_index
 from rotatek_compile.calibration_data.registry import open_data
+from rotatek_compile.cutter import Cutter
 from rotatek_compile.documents import Documents, usable
 from rotatek_compile.knockout import MATTERS, all_pairs, diagnosis, drop_all_but_best, knock_out, measure_knockouts, random_drops
 from rotatek_compile.models import DTYPES, checked_geometry, choose_device, load_config, load_model, load_processor, resolve
 from rotatek_compile.scores import exact_match
-from rotatek_compile.sensitivity import Cutter
 from rotatek_compile.statistics import Bootstrap
 
 FRACTIONS = (0.125, 0.25, 0.5)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .artifact import RANK_STEP
 from .geometry import Geometry
-from .sensitivity import Plan
 
+Plan = dict[int, list[int]]  # directions kept per KV head, by layer
 TIE_WEIGHT = 1e-6  # KL per unit of remaining energy share: orders heads whose measured KL is all zero
 SWAP_ROUNDS = 6
 SWAP_CANDIDATES = 6

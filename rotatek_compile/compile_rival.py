@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .artifact import Artifact, Method, library_versions
 from .batches import Encoded
+from .cutter import Cutter
 from .geometry import Geometry
 from .knockout import diagnosis, measure_knockouts
-from .sensitivity import Cutter
 
 if TYPE_CHECKING:
     from .compile_options import CompileOptions

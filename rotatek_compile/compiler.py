@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import allocate as allocation
+from .allocate import Plan
 from .artifact import Artifact, Method, library_versions, write_artifact
 from .bases import Basis, calibrated_basis, two_sided
 from .batches import Encoded, end_ids, processor_hash, rope_index, template_hash
@@ -21,6 +22,7 @@ from .card import model_card
 from .card_picture import draw_heads
 from .compile_options import CompileOptions
 from .compile_rival import compile_rival, rival_artifact
+from .cutter import Cutter, Prefilled
 from .documents import Documents, usable
 from .errors import RotateKError, UsageError
 from .geometry import Geometry
@@ -43,7 +45,7 @@ from .names import OURS
 from .output import atomic_directory, refuse_existing
 from .parallel import Processes, local_device, processes
 from .placement import AUTO
-from .sensitivity import NOTHING, Cutter, JointCheck, Plan, Prefilled, levels_for, measure
+from .sensitivity import NOTHING, JointCheck, levels_for, measure
 from .weights import check_include, include_weights
 
 SENSITIVITY_DOCUMENTS = 18  # two of each skill of `mixed`: a head that none of them needs would look worthless

@@ -22,7 +22,7 @@ from .parallel import Processes
 
 if TYPE_CHECKING:  # inspecting an artifact needs no transformers
     from .batches import Encoded
-    from .sensitivity import Cutter, Pair
+    from .cutter import Cutter, Pair
 
 MATTERS = 0.02  # nats per answer token from which a pair counts as needed
 

@@ -36,10 +36,10 @@ def run(script, checkpoint, data_file, tmp_path, monkeypatch, capsys):
 
 def test_rows_and_tables(run, script, checkpoint, data_file):
     from rotatek_compile.calibration_data.registry import open_data
+    from rotatek_compile.cutter import Cutter
     from rotatek_compile.documents import Documents
     from rotatek_compile.knockout import all_pairs, drop_all_but_best, knock_out, measure_knockouts
     from rotatek_compile.models import checked_geometry, load_config, load_model, load_processor, resolve
-    from rotatek_compile.sensitivity import Cutter
 
     rows, said = run()
     source = resolve(str(checkpoint))

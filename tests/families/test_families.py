@@ -15,9 +15,9 @@ from rotatek_compile.artifact import read_artifact
 from rotatek_compile.bases import Basis
 from rotatek_compile.batches import Encoded, encode, end_ids, pad, rope_index
 from rotatek_compile.calibration_data.registry import open_data
+from rotatek_compile.cutter import Cutter
 from rotatek_compile.evaluate import Evaluator
 from rotatek_compile.runtime.cache import RotateKCache, RotateKLayer
-from rotatek_compile.sensitivity import Cutter
 
 NAMES = [*builders.VISION, *builders.TEXT_ONLY]
 LONG = "What comes after one, two, three, and four, and why should it be so? Say it again, but in other words. " * 2

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rotatek_compile.cutter import Cutter
 from rotatek_compile.knockout import (
     all_pairs,
     diagnosis,
@@ -12,7 +13,7 @@ from rotatek_compile.knockout import (
     random_drops,
     ranking,
 )
-from rotatek_compile.sensitivity import Cutter, joint_kl, measure
+from rotatek_compile.sensitivity import joint_kl, measure
 
 EOS = 2
 IMAGE = 5

@@ -11,11 +11,11 @@ from rotatek_compile.bases import pca
 from rotatek_compile.batches import Encoded, encode, merge_media, pad, positions, prompt_text, rope_index
 from rotatek_compile.calibrate import MomentStore, calibrate
 from rotatek_compile.calibration_data.sample import Sample
+from rotatek_compile.cutter import Cutter
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.evaluate import Evaluator
 from rotatek_compile.geometry import Geometry, geometry_of
 from rotatek_compile.models import checked_geometry
-from rotatek_compile.sensitivity import Cutter
 
 IMAGE, VIDEO, START, END, EOS = 5, 6, 7, 8, 2
 PATCH, MERGE = 8, 2

@@ -6,9 +6,10 @@ import torch
 from rotatek_compile import models
 from rotatek_compile.bases import pca
 from rotatek_compile.calibrate import MomentStore, calibrate
+from rotatek_compile.cutter import Cutter
 from rotatek_compile.placement import input_device
 from rotatek_compile.runtime.enable import enable
-from rotatek_compile.sensitivity import Cutter, measure
+from rotatek_compile.sensitivity import measure
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,252 @@
+"""Documents prefilled once and read again with cut Keys: one head's image Keys become their rank-r rebuild, or Keys and Values their means.
+
+Only the text after the images is run again, many cuts at a time (rereading.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from .bases import Basis
+from .batches import Chunk, Encoded, join, merge_media, pad, positions, refuse_gaps
+from .geometry import Geometry
+from .placement import input_device
+from .rereading import Replaced, decoder_layers, noting_entries, rereading, starting_at
+
+Pair = tuple[int, int]  # layer, KV head
+Cut = Mapping[int, Mapping[int, int]]  # `cut[layer][head]` = directions kept of the Keys
+TOGETHER = {"cpu": 2**24, "cuda": 2**27}  # attention logits that the cuts of one forward call may have in one layer
+
+
+@dataclass(slots=True)
+class Prefilled:
+    """A left-padded batch of B documents with their image parts in a stock cache, and the dense answer distributions.
+
+    `coded` and `images` say which of the T prefilled columns belong to which segment: float32 [B, T, S], one-hot or all zero.
+    """
+
+    items: list[Encoded]
+    prefix: Chunk  # [B, T]
+    cache: Any  # DynamicCache of stock layers
+    coded: Tensor
+    images: Tensor
+    scored: Tensor  # bool [B, L]: which of the last L columns predict an answer token
+    reference: Tensor  # dense log-probabilities [B, L, vocabulary], fp64
+    entries: dict[int, Tensor]  # the text's hidden states [B, T', hidden] as they enter each layer without a cut
+    homes: tuple[torch.device, ...] = ()  # where each layer's Keys and Values belong while they are parked
+
+    def bytes(self) -> int:
+        """Of the cached Keys and Values."""
+        return sum(x.numel() * x.element_size() for layer in self.cache.layers for x in (layer.keys, layer.values))
+
+    def park(self) -> None:
+        """Keep Keys and Values in main memory until they are read again."""
+        self.homes = tuple(layer.keys.device for layer in self.cache.layers)
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Parked Keys and Values on their device; they are only read, so nothing goes back."""
+        parked = [(layer.keys, layer.values) for layer in self.cache.layers] if self.homes else []
+        for layer, home in zip(self.cache.layers, self.homes, strict=False):
+            layer.keys, layer.values = layer.keys.to(home), layer.values.to(home)
+        try:
+            yield
+        finally:
+            for layer, (keys, values) in zip(self.cache.layers, parked, strict=False):
+                layer.keys, layer.values = keys, values
+
+
+class Cutter:
+    """Runs documents with cut Keys. Rows of a batch do not see each other: every figure is that of batch 1 up to rounding.
+
+    Args:
+        bases: calibrated visual basis per compressed layer; knock-outs need none.
+        span_all: text before and between the images is cut too.
+    """
+
+    def __init__(self, model: Any, geometry: Geometry, bases: Mapping[int, Basis], span_all: bool) -> None:
+        self.model, self.geometry, self.span_all = model, geometry, span_all
+        self.device, self.dtype = input_device(model), model.dtype
+        self.encode = {i: b.encode.to(self.device, torch.float32) for i, b in bases.items()}
+        self.decode = {i: b.decode.to(self.device, torch.float32) for i, b in bases.items()}
+        self.layers = decoder_layers(model, len(geometry.layers))
+
+    @torch.inference_mode()
+    def prefill(self, *items: Encoded) -> Prefilled:
+        """Run the prompts up to their last image tokens, and the rest once for the dense reference."""
+        prefix = pad([item.prompt[: item.visual_end] for item in items], 0)
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        visual = torch.zeros_like(prefix.ids, dtype=torch.bool)
+        for token in self.geometry.visual_token_ids:
+            visual |= prefix.ids == token
+        real = prefix.mask.bool()
+        images = _one_hot(visual & real).to(self.device)
+        coded = _one_hot(real).to(self.device) if self.span_all else images
+        scored = pad([item.answer for item in items], 0).mask.bool().to(self.device)
+        doc = Prefilled(list(items), prefix, cache, coded, images, scored, torch.empty(0), {})
+        self._forward(doc, prefix, None, 1, merge_media(items, self.device, self.dtype, prefix))
+        with noting_entries(self.layers, doc.entries):
+            (doc.reference,) = self._answers(doc, [({}, ())])
+        return doc
+
+    def kl(self, doc: Prefilled, plan: Mapping[int, Mapping[int, int]]) -> tuple[float, int]:
+        """Sum of KL(dense || cut) over the answer tokens in nats, and their number; `plan[layer][head]` = directions kept."""
+        return float(self.kl_rows(doc, plan).sum()), int(doc.scored.sum())
+
+    @torch.inference_mode()
+    def kl_rows(self, doc: Prefilled, plan: Mapping[int, Mapping[int, int]], dropped: Collection[Pair] = ()) -> Tensor:
+        """KL(dense || cut) summed over each document's answer tokens: fp64 [B] on the CPU.
+
+        Args:
+            plan: `plan[layer][head]` = directions kept of the Keys.
+            dropped: heads that are knocked out: image Keys and Values replaced by their means over each image.
+        """
+        return self.kl_each(doc, [(plan, dropped)])[0]
+
+    @torch.inference_mode()
+    def kl_each(self, doc: Prefilled, cuts: Sequence[tuple[Cut, Collection[Pair]]]) -> Tensor:
+        """`kl_rows` of several cuts, as many at a time as memory allows: fp64 [N, B] on the CPU."""
+        queries = max(layer.query_heads for layer in self.geometry.layers) * doc.prefix.ids.numel() * self._rest(doc).ids.shape[1]
+        step = max(1, TOGETHER[self.device.type] // queries)
+        changing = [number for number, (plan, dropped) in enumerate(cuts) if any(plan.values()) or dropped]
+        found = torch.zeros(len(cuts), len(doc.items), dtype=torch.float64)  # what changes nothing costs nothing, without rounding
+        for start in range(0, len(changing), step):
+            numbers = changing[start : start + step]
+            for number, got in zip(numbers, self._answers(doc, [cuts[n] for n in numbers]), strict=True):
+                kl = (doc.reference.exp() * (doc.reference - got)).sum(-1).clamp_min(0)
+                found[number] = (kl * doc.scored).sum(1)
+        return found
+
+    @contextmanager
+    def cut(self, doc: Prefilled, plan: Mapping[int, Mapping[int, int]], dropped: Collection[Pair] = ()) -> Iterator[None]:
+        """The cache with cut Keys and knocked-out heads, and as it was afterwards."""
+        before = [(layer.keys, layer.values) for layer in doc.cache.layers]
+        touched = {*plan, *(layer for layer, _ in dropped)}
+        for index in touched:
+            layer = doc.cache.layers[index]
+            keys, values = layer.keys.clone(), layer.values.clone()
+            for head, rank in plan.get(index, {}).items():
+                keys[:, head] = self._cut(doc.coded, layer.keys[:, head], index, head, rank)
+            for head in (h for i, h in dropped if i == index):
+                images = doc.images.to(keys.device)
+                keys[:, head] = to_means(layer.keys[:, head], images)
+                values[:, head] = to_means(layer.values[:, head], images)
+            layer.keys, layer.values = keys, values
+        try:
+            yield
+        finally:
+            self._restore(doc, before)
+
+    @torch.inference_mode()
+    def greedy(self, doc: Prefilled, eos: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers on the cache as it stands (`cut` around it cuts it): new ids per row, the end included."""
+        before = [(layer.keys, layer.values) for layer in doc.cache.layers]
+        step, seen = pad([item.prompt[item.visual_end :] for item in doc.items], 0), doc.prefix
+        out: list[list[int]] = [[] for _ in doc.items]
+        try:
+            for _ in range(max_new_tokens):
+                chosen = self._forward(doc, step, seen, 1)[:, -1].argmax(-1).tolist()
+                for row, token in zip(out, chosen, strict=True):
+                    if not row or row[-1] not in eos:
+                        row.append(token)
+                if all(row[-1] in eos for row in out):
+                    break
+                seen, step = join(seen, step), pad([[token] for token in chosen], 0)
+        finally:
+            self._restore(doc, before)
+        return out
+
+    def _cut(self, coded: Tensor, keys: Tensor, layer: int, head: int, rank: int) -> Tensor:
+        """Keys [B, T, D] with their coded columns rebuilt from `rank` directions and the segment's mean."""
+        coded = coded.to(keys.device)
+        mean = segment_means(keys, coded)
+        if rank == 0:
+            return torch.where(coded.any(-1, keepdim=True), mean.to(keys.dtype), keys)
+        encode, decode = (side[layer][head, :, :rank].to(keys.device) for side in (self.encode, self.decode))
+        rebuilt = mean + ((keys.float() - mean) @ encode) @ decode.mT
+        return torch.where(coded.any(-1, keepdim=True), rebuilt.to(keys.dtype), keys)
+
+    def _answers(self, doc: Prefilled, cuts: Sequence[tuple[Cut, Collection[Pair]]]) -> Iterator[Tensor]:
+        """Log-probabilities [B, L, vocabulary] of the answer tokens under each cut, teacher-forced; the cache is left as it was."""
+        rest, count = self._rest(doc), len(cuts)
+        replaced = self._replaced(doc, cuts)
+        where = positions(doc.items, doc.prefix.mask.sum(1).tolist(), rest.mask)
+        with (
+            rereading(self.model, doc.cache, count, replaced) as cache,
+            starting_at(self.layers, doc.entries, min(replaced, default=0), count),
+        ):
+            logits = self.model(
+                input_ids=rest.ids.repeat(count, 1).to(self.device),
+                attention_mask=join(doc.prefix, rest).mask.repeat(count, 1).to(self.device),
+                position_ids=where.repeat(*(1,) * (where.dim() - 2), count, 1).to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=doc.scored.shape[1],  # left-padded, so that a row's answer positions are its last ones
+            ).logits
+        for part in logits.to(self.device).chunk(count):
+            yield part.double().log_softmax(-1)
+
+    def _rest(self, doc: Prefilled) -> Chunk:
+        return pad([item.prompt[item.visual_end :] + item.answer[:-1] for item in doc.items], 0)
+
+    def _replaced(self, doc: Prefilled, cuts: Sequence[tuple[Cut, Collection[Pair]]]) -> dict[int, list[Replaced]]:
+        """What each cut puts in place of the prefilled Keys and Values."""
+        found: dict[int, list[Replaced]] = {}
+        for number, (plan, dropped) in enumerate(cuts):
+            for index in {*plan, *(layer for layer, _ in dropped)}:
+                layer = doc.cache.layers[index]
+                for head in {*plan.get(index, {}), *(h for i, h in dropped if i == index)}:
+                    keys, values = layer.keys[:, head], None
+                    if (index, head) in dropped:
+                        images = doc.images.to(keys.device)
+                        keys, values = to_means(keys, images), to_means(layer.values[:, head], images)
+                    else:
+                        keys = self._cut(doc.coded, keys, index, head, plan[index][head])
+                    found.setdefault(index, []).append(Replaced(number, head, keys, values))
+        return found
+
+    def _forward(self, doc: Prefilled, chunk: Chunk, before: Chunk | None, keep: int, media: Mapping[str, Tensor] | None = None) -> Tensor:
+        starts = before.mask.sum(1).tolist() if before else [0] * len(doc.items)
+        refuse_gaps(self.model.config, chunk, before)
+        return self.model(
+            input_ids=chunk.ids.to(self.device),
+            attention_mask=(join(before, chunk) if before else chunk).mask.to(self.device),
+            position_ids=positions(doc.items, starts, chunk.mask).to(self.device),
+            past_key_values=doc.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            **(media or {}),
+        ).logits
+
+    def _restore(self, doc: Prefilled, before: list[tuple[Tensor, Tensor]]) -> None:
+        for layer, (keys, values) in zip(doc.cache.layers, before, strict=True):
+            layer.keys, layer.values = keys, values
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = doc.prefix.ids.shape[1]
+
+
+def segment_means(x: Tensor, segments: Tensor) -> Tensor:
+    """Each column's segment mean, fp32 [B, T, D], of x [B, T, D] and one-hot segments float32 [B, T, S]; 0 outside segments."""
+    counts = segments.sum(1).clamp_min(1)[:, :, None]
+    return segments @ ((segments.mT @ x.float()) / counts)
+
+
+def to_means(x: Tensor, segments: Tensor) -> Tensor:
+    """x [B, T, D] with the columns of every segment replaced by the segment's mean."""
+    return torch.where(segments.any(-1, keepdim=True), segment_means(x, segments).to(x.dtype), x)
+
+
+def _one_hot(columns: Tensor) -> Tensor:
+    """Runs of true columns of bool [B, T] as segments: float32 [B, T, S]."""
+    starts = columns & ~torch.nn.functional.pad(columns, (1, 0))[:, :-1]
+    index = starts.long().cumsum(1) * columns  # 0 outside, then 1, 2, ...
+    return torch.nn.functional.one_hot(index)[..., 1:].float()
