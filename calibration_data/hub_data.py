@@ -105,7 +105,7 @@ def open_splits(found: Repository, config: str | None) -> dict[str, Any]:
         except Exception as error:  # ValueError for a configuration, and whatever its readers and the network raise
             try:
                 configs = get_dataset_config_names(found.location, revision=revision)
-            except Exception:
+            except Exception:  # it only adds a hint; the first error is what is reported below
                 configs = []
             if configs and config not in configs and (config is not None or len(configs) > 1):
                 said = f"has no configuration {config!r}" if config else "has several configurations"

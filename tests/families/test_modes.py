@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -23,6 +25,9 @@ from rotatek_compile.runtime.cache import RotateKCache, RotateKLayer  # noqa: E4
 from rotatek_compile.runtime.enable import enable  # noqa: E402
 
 FULL, HALF = 32, 16
+OLDER = Version(transformers.__version__) < Version(
+    "5.23"
+)  # whose stock models cannot prefill pictures in chunks, for one
 _subjects: dict[str, Subject] = {}
 
 
@@ -67,6 +72,8 @@ def test_cell(family: str, mode: str) -> None:
         except Unfit as reason:
             pytest.skip(str(reason))
         except Exception as error:  # the same call without us
+            if not OLDER:
+                raise
             pytest.skip(f"the stock model cannot: {type(error).__name__}: {error}".splitlines()[0])
         outputs: list[Output] = []
         for rank, backend in ((FULL, "torch"), (HALF, "torch"), (HALF, "reconstruct")):

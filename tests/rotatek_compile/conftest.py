@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from rotatek_compile.artifact import Artifact, Method
 from rotatek_compile.batches import Encoded
 from rotatek_compile.calibration_data.sample import Sample
 from rotatek_compile.geometry import Geometry, geometry_of
@@ -36,6 +37,13 @@ def tiny() -> Any:
 @pytest.fixture(scope="session")
 def tiny_geometry(tiny: Any) -> Geometry:
     return geometry_of(tiny.config)
+
+
+@pytest.fixture
+def rival(tiny_geometry: Geometry) -> Artifact:
+    """An artifact of a rival method, as far as reports read it."""
+    tensors = {f"layers.{i}.knockout": torch.tensor([0.5, 0.0]) for i in range(3)}
+    return Artifact(tiny_geometry, Method(rival="head-drop", keep_ratio=1.0, kv_budget=0.125), tensors, {"id": "org/model"}, {})
 
 
 @pytest.fixture(scope="session")

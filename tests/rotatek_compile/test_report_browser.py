@@ -37,12 +37,6 @@ def test_a_large_page_is_small(large):
     assert len(re.findall("<title>layer 35, head 7: ", text)) == 8  # ranks, knock-outs, four cuts, spectra, overlap
 
 
-@pytest.fixture
-def rival(tiny_geometry):
-    tensors = {f"layers.{i}.knockout": torch.tensor([0.5, 0.0]) for i in range(3)}
-    return Artifact(tiny_geometry, Method(rival="head-drop", keep_ratio=1.0, kv_budget=0.125), tensors, {"id": "org/model"}, {})
-
-
 BROWSER = next((p for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(name))), None)
 WRAPPER = """<!DOCTYPE html><meta charset="utf-8"><body>{frames}<script>
 addEventListener("load", () => {{

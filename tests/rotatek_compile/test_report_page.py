@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from rotatek_compile.artifact import Artifact, Method
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.geometry import Geometry, LayerGeometry
 from rotatek_compile.markup import short, tenth
@@ -77,12 +76,6 @@ def artifact(make_artifact):
     made.base_model = {"id": "org/model", "revision": None, "fingerprint": None}
     made.report = {"plan_kl": 0.25}
     return made
-
-
-@pytest.fixture
-def rival(tiny_geometry):
-    tensors = {f"layers.{i}.knockout": torch.tensor([0.5, 0.0]) for i in range(3)}
-    return Artifact(tiny_geometry, Method(rival="head-drop", keep_ratio=1.0, kv_budget=0.125), tensors, {"id": "org/model"}, {})
 
 
 def test_every_section_has_plots_with_words_and_numbers_behind_them(artifact):
