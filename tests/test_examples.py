@@ -22,7 +22,7 @@ sys.modules[_spec.name] = running
 _spec.loader.exec_module(running)
 caches, command, here, make, parse_script = running.caches, running.command, running.here, running.make, running.parse_script  # fixtures
 SMALL, load, parse, reading, total = running.SMALL, running.load, running.parse, running.reading, running.total
-server = load("rotatek_test_hub", "tests/rotatek_compile/test_hub.py").server  # a Hub of our own
+server = load("rotatek_hub_fixtures", "tests/hub_fixtures.py").server  # a Hub of our own
 builders = load("rotatek_family_builders", "tests/families/builders.py")
 play = reading.play
 
