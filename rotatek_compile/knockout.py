@@ -77,6 +77,7 @@ def knock_out(
             kl.append(columns.mT)
             tokens.append(doc.scored.sum(1).cpu())
             answers += [list(row) for row in zip(*replies, strict=True)]
+            del doc  # before the next batch is prefilled, so that two caches never stand side by side
     return Measured(torch.cat(kl), torch.cat(tokens), answers)
 
 

@@ -65,6 +65,7 @@ def measure(
                 bounded += int((~own).sum())
                 bar.update(len(places) * len(doc.items))
             tokens += int(counts.sum())
+            del doc  # before the next batch is prefilled, so that two caches never stand side by side
     counted = together.sum(torch.tensor([tokens, bounded, len(items)]))
     kl = (together.sum(total) / counted[0].clamp_min(1)).float()
     by_layer = kl.split([geometry.layers[i].kv_heads for i in geometry.compressible])
