@@ -1,10 +1,13 @@
-"""Packs and unpacks the pool: the one module, with the kernels, that knows how a segment's numbers lie in memory.
+"""Codes of a segment's directions and how they lie in memory: the one module, with the kernels, that knows the layout.
 
-Layout: blocks of 64 tokens follow one another; inside a block tokens follow one another, each with its `rank` numbers
-side by side (token-major). The last block is padded. A tile of 64 tokens is then one unbroken run of `64 * rank`
-numbers, and because ranks are multiples of 8 every token starts on 16 bytes (2-byte dtypes), which is what lets the
-kernel copy 16 bytes per thread for ranks 8, 24 or 40 as well as for powers of two. Raw Keys and Values are stored the
-same way with `rank = D`. Directions are ordered by importance, so a smaller rank keeps a prefix of each token.
+A segment of S tokens takes up to three slabs, one behind the other in a pool of bytes: native numbers, 8-bit codes, 4-bit codes. Inside
+a slab tokens follow one another, each with its directions side by side. An odd number of tokens is padded by one, so that every slab
+starts on 16 bytes. A byte of the 4-bit slab holds direction j in its low half and direction j + nibble / 2 in its high half.
+
+    8 bit: z ≈ c · scale, c from -127 to 127                4 bit: z ≈ (u - 7.5) · scale, u from 0 to 15
+
+Scales are bf16, one per direction. Levels of 4 bits lie symmetrically about zero without holding it: with so few, a sixteenth level is
+worth more than an exact zero (uniform quantisers of even size, Max 1960).
 """
 
 from __future__ import annotations
@@ -12,68 +15,103 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .table import BLOCK, UNIT
+from .slabs import Slabs
+
+MIDDLE = 7.5  # of the 4-bit levels
+TOP = {8: 127.0, 4: MIDDLE}  # largest level
+CLIPS = {8: (0.55, 0.7, 0.85, 1.0), 4: (0.15, 0.2, 0.26, 0.33, 0.4, 0.47, 0.55, 0.63, 0.72, 0.81, 0.9, 1.0)}  # shares of the maximum tried
+SAMPLE = 1024  # tokens whose error decides where to clip
+ALIGN = 2  # tokens are padded to a multiple
 
 
-def pool_elements(length: int, rank: int) -> int:
-    """Numbers a segment of `length` tokens takes in the pool, block padding included."""
-    _check_rank(rank)
-    return -(-length // BLOCK) * BLOCK * rank
+def clipped_scales(z: Tensor, bits: int) -> Tensor:
+    """The scale of each direction that has the least squared error among `CLIPS`: z fp32 [..., S, R] -> bf16 [..., R].
+
+    The maximum is taken over all tokens, the error over at most `SAMPLE` of them, evenly spread. A direction that is zero has scale 0.
+    """
+    top = z.abs().amax(-2)  # [..., R]
+    some = sample(z)
+    clips = torch.tensor(CLIPS[bits], device=z.device).view(-1, *(1,) * top.dim())
+    tried = (clips * (top / TOP[bits])).bfloat16()  # [C, ..., R]
+    errors = (rounded(some, tried.float().unsqueeze(-2), bits) - some).square().sum(-2)
+    return tried.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
 
-def pack(codes: Tensor) -> Tensor:
-    """Lay out `codes` `[S, R]` as a flat pool slice `[pool_elements(S, R)]`; padding is zero.
+def sample(z: Tensor) -> Tensor:
+    """At most `SAMPLE` tokens of z [..., S, R], evenly spread."""
+    return z[..., :: max(1, -(-z.shape[-2] // SAMPLE)), :]
+
+
+def levels(z: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The level of each number, fp32: whole numbers from -127 to 127, or from -7.5 to 7.5 in steps of 1."""
+    ratio = z / torch.where(scale > 0, scale, 1.0)
+    if bits == 8:
+        return ratio.round().clamp(-TOP[8], TOP[8])
+    return (ratio + MIDDLE).round().clamp(0, 2 * MIDDLE) - MIDDLE
+
+
+def rounded(z: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """What is left of z after coding: fp32, the shape of z and scale broadcast."""
+    return levels(z, scale, bits) * scale
+
+
+def pool_bytes(length: int, slabs: Slabs, itemsize: int) -> int:
+    """Bytes that a segment's codes take in the pool, padding included."""
+    return padded(length) * slabs.bytes_per_token(itemsize)
+
+
+def padded(length: int) -> int:
+    """Tokens that are stored for a segment of `length`."""
+    return -(-length // ALIGN) * ALIGN
+
+
+def pack(z: Tensor, scales: Tensor, slabs: Slabs, dtype: torch.dtype) -> Tensor:
+    """Code and lay out directions z fp32 [..., S, rank]: uint8 [..., pool_bytes].
+
+    Args:
+        scales: bf16 [..., byte + nibble].
+        dtype: of native numbers.
+    """
+    native, byte, nibble = slabs
+    lead, length = z.shape[:-2], z.shape[-2]
+    z = torch.nn.functional.pad(z, (0, 0, 0, padded(length) - length))
+    scale = scales.float().unsqueeze(-2)
+    coded = z[..., native:]
+    parts = [z[..., :native].to(dtype).contiguous().view(torch.uint8).flatten(-2)] if native else []
+    if byte:
+        parts.append(levels(coded[..., :byte], scale[..., :byte], 8).to(torch.int8).view(torch.uint8).flatten(-2))
+    if nibble:
+        u = (levels(coded[..., byte:], scale[..., byte:], 4) + MIDDLE).to(torch.uint8)
+        low, high = u.chunk(2, -1)
+        parts.append((low | high << 4).flatten(-2))
+    return torch.cat(parts, -1) if parts else z.new_zeros(*lead, 0, dtype=torch.uint8)
+
+
+def unpack(flat: Tensor, length: int, slabs: Slabs, dtype: torch.dtype) -> Tensor:
+    """Levels [S, rank] of a pool slice that starts at a segment: native numbers as they are, others without their scale.
+
+    fp32, or the native dtype where that is wider.
 
     Raises:
-        ValueError: R is not a multiple of 8.
+        ValueError: the slice is shorter than the segment.
     """
-    length, rank = codes.shape
-    flat = codes.new_zeros(pool_elements(length, rank))
-    flat[: length * rank] = codes.reshape(-1)
-    return flat
-
-
-def unpack(flat: Tensor, length: int, rank: int) -> Tensor:
-    """The codes `[S, R]` of a flat pool slice that starts at a segment; may share its memory, and may be longer than the segment.
-
-    Raises:
-        ValueError: R is not a multiple of 8, or the slice is shorter than the segment.
-    """
-    needed = pool_elements(length, rank)
+    native, byte, nibble = slabs
+    rows, needed = padded(length), pool_bytes(length, slabs, dtype.itemsize)
     if flat.numel() < needed:
-        raise ValueError(f"a segment of {length} tokens at rank {rank} takes {needed} numbers, the slice has {flat.numel()}")
-    return flat[: length * rank].view(length, rank)
+        raise ValueError(f"a segment of {length} tokens with slabs {tuple(slabs)} takes {needed} bytes, the slice has {flat.numel()}")
+    wide = torch.promote_types(dtype, torch.float32)
+    first, second, third = flat[:needed].split((rows * native * dtype.itemsize, rows * byte, rows * nibble // 2))
+    parts = [flat.new_zeros(rows, 0, dtype=wide)]
+    if native:
+        parts.append(first.view(dtype).view(rows, native).to(wide))
+    if byte:
+        parts.append(second.view(torch.int8).view(rows, byte).to(wide))
+    if nibble:
+        packed = third.view(rows, nibble // 2)
+        parts.append(torch.cat([packed & 15, packed >> 4], -1).to(wide) - MIDDLE)
+    return torch.cat(parts, -1)[:length]
 
 
-def pack_into(pool: Tensor, offset: int, codes: Tensor) -> int:
-    """Write `codes` `[S, R]` to `pool` at `offset`, casting to its dtype; padding is left as it is. Returns the offset after the segment.
-
-    Raises:
-        ValueError: R or the offset is not a multiple of 8, or the segment passes the end of the pool.
-    """
-    length, rank = codes.shape
-    end = offset + pool_elements(length, rank)
-    if offset % UNIT or end > pool.numel():
-        where = f"at offset {offset} of a pool of {pool.numel()} (offsets are multiples of {UNIT})"
-        raise ValueError(f"no room for {length} tokens at rank {rank} {where}")
-    pool[offset : offset + length * rank].view(length, rank).copy_(codes)
-    return end
-
-
-def unpack_from(pool: Tensor, offset: int, length: int, rank: int) -> Tensor:
-    """The codes `[S, R]` stored in `pool` at `offset`; shares its memory."""
-    return unpack(pool[offset : offset + pool_elements(length, rank)], length, rank)
-
-
-def new_pool(segments: list[tuple[int, int]], dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, list[int]]:
-    """An uninitialised pool for segments `(length, rank)` one after another, and their offsets."""
-    offsets, total = [], 0
-    for length, rank in segments:
-        offsets.append(total)
-        total += pool_elements(length, rank)
-    return torch.empty(total, dtype=dtype, device=device), offsets
-
-
-def _check_rank(rank: int) -> None:
-    if rank < 0 or rank % UNIT:
-        raise ValueError(f"a rank must be a multiple of {UNIT}, zero included, got {rank}")
+def native_view(flat: Tensor, length: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """Raw numbers [S, D] of a segment that is native as a whole; shares the pool's memory."""
+    return flat[: length * dim * dtype.itemsize].view(dtype).view(length, dim)

@@ -5,16 +5,19 @@ The specification is `decode_torch.decode_attention_torch`. Splits come from `vi
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .slabs import Slabs
 from .table import CacheView
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_ROWS = 64
+MAX_CODED_ROWS = 32  # with 64, Triton 3.6 multiplies by warp groups and gave wrong results on an H200
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -29,19 +32,59 @@ class Config:
     warps: int = 4
 
 
-def config(rank_tile: int, head_dim: int, itemsize: int, has_dense: bool = True, rows: int = 16) -> Config:
-    """Tile sizes for a layer whose largest coded rank fits `rank_tile` (0: nothing is coded) and `rows` packed query rows.
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Widths that the split kernel is compiled for: a layer's widest slabs as powers of two, 0 where a slab does not occur.
 
-    Both bodies live in one kernel, whose shared memory is that of the larger one; so where the only raw tokens are those of
+    Of 4-bit slabs the bytes count. `pairs` are those of `SplitPlan`.
+    """
+
+    key: tuple[int, int, int]
+    value: tuple[int, int, int]
+    pairs: frozenset[tuple[bool, bool]]
+
+    @classmethod
+    def of(cls, key_widths: Slabs, value_widths: Slabs, pairs: frozenset[tuple[bool, bool]]) -> Widths:
+        """Those of a layer, from its `SplitPlan`."""
+        return cls(_tile(key_widths), _tile(value_widths), pairs)
+
+    def constants(self) -> dict[str, int | bool]:
+        """The split kernel's arguments."""
+        widths = dict(zip(("KN", "K8", "K4", "VN", "V8", "V4"), self.key + self.value, strict=True))
+        pairs = {"CODED_KEYS": (False, True), "CODED_VALUES": (True, False), "CODED_BOTH": (False, False)}
+        return {**widths, **{name: pair in self.pairs for name, pair in pairs.items()}}
+
+
+def _tile(slabs: Slabs) -> tuple[int, int, int]:
+    native, byte, nibble = slabs
+    widths = [max(16, _power_of_two(width)) if width else 0 for width in (native, byte, nibble // 2)]  # tl.dot takes 16 and more
+    return widths[0], widths[1], widths[2]
+
+
+def config(widths: Widths, head_dim: int, itemsize: int, rows: int = 16) -> Config:
+    """Tile sizes for a layer of these widths, with `rows` packed query rows.
+
+    All bodies live in one kernel, whose shared memory is that of the largest; so where the only raw tokens are those of
     the window, its tiles are small and leave room for more programs per multiprocessor.
     """
     wide = head_dim * itemsize > 256  # fp32, or D = 256: half the tokens per tile
     block_n = 32 if wide else 64
-    warps = 8 if itemsize == 4 or rows * head_dim > 8192 else 4  # with 4, the accumulators of these would spill
-    if rank_tile == 0:
-        return Config(block_n, 2, block_n, 2, warps)
-    # within 3 % of the best of 20-48 settings per shape on average, on an H100 (benchmarks/bench_decode.py --sweep)
-    return Config(block_n, 2, block_n if has_dense else 32, 2, warps)
+    all_coded = (False, False) in widths.pairs
+    warps = 8 if itemsize == 4 or rows * head_dim > (4096 if all_coded else 8192) else 4  # with 4, the accumulators of these would spill
+    dense_block_n = 32 if widths.pairs and (True, True) not in widths.pairs else block_n
+    # Codes are small: a second tile under way keeps as many bytes in flight as one of raw numbers.
+    stages = 3 if all_coded and itemsize == 2 and widths.value[0] <= 64 else 2
+    # within 3 % of the best of 20-48 settings per shape on average where Values are raw, on an H100 (benchmarks/bench_decode.py --sweep)
+    return Config(block_n, stages, dense_block_n, 2, warps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _choice(
+    key_widths: Slabs, value_widths: Slabs, pairs: frozenset[tuple[bool, bool]], head_dim: int, itemsize: int, rows: int
+) -> tuple[Config, dict[str, int | bool]]:
+    """Kept, because at batch 1 the host's time for a call counts."""
+    widths = Widths.of(key_widths, value_widths, pairs)
+    return config(widths, head_dim, itemsize, rows), widths.constants()
 
 
 def supported(q: Tensor, view: CacheView) -> str | None:
@@ -56,12 +99,17 @@ def supported(q: Tensor, view: CacheView) -> str | None:
         return f"{query_heads} query heads are no multiple of {heads} KV heads"
     if new * (query_heads // heads) > MAX_ROWS:
         return f"{new} new tokens times {query_heads // heads} heads per group exceed {MAX_ROWS} rows"
+    coded = view.splits.key_widths.scaled + view.splits.value_widths.scaled
+    if coded and new * (query_heads // heads) > MAX_CODED_ROWS:
+        return f"{new} new tokens times {query_heads // heads} heads per group exceed {MAX_CODED_ROWS} rows over 8- and 4-bit codes"
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype} is not one of {DTYPES}"
-    if any(x.dtype != q.dtype for x in (view.keys, view.values, view.bases, view.window_keys, view.window_values)):
-        return f"queries are {q.dtype}, the cache is {view.keys.dtype}"
+    if any(x.dtype != q.dtype for x in (view.bases, view.own_bases, view.window_keys, view.window_values)):
+        return f"queries are {q.dtype}, the cache is {view.dtype}"
     if q.dtype is torch.float32 and dim > 128:
         return f"head_dim {dim} in float32 needs more shared memory than a multiprocessor has"
+    if view.table.device != q.device or not view.table.is_contiguous():
+        return f"the table must be contiguous on {q.device}"
     strides = view.window_keys.stride()
     if strides != view.window_values.stride() or strides[2:] != (dim, 1):
         return f"the window's strides {strides} and {view.window_values.stride()} are not equal with the last two contiguous"
@@ -114,8 +162,8 @@ def decode_attention(
     padded_rows = max(16, _power_of_two(rows))
     if q.stride(3) != 1:
         q = q.contiguous()
-    rank_tile = max(16, _power_of_two(plan.max_rank)) if plan.has_coded else 0
-    tiles = tiles or config(rank_tile, dim, q.element_size(), plan.has_dense, padded_rows)
+    chosen, constants = _choice(plan.key_widths, plan.value_widths, plan.pairs, dim, q.element_size(), padded_rows)
+    tiles = tiles or chosen
     precision = "tf32x3" if q.dtype is torch.float32 else "tf32"  # read for fp32 operands only
     out = torch.empty((batch, query_heads, new, dim), dtype=q.dtype, device=q.device)
     splits = plan.num_splits
@@ -125,12 +173,12 @@ def decode_attention(
     part_acc, part_m, part_l = parts.split((part_rows * dim, part_rows, part_rows))
     if splits:
         kernels.split_kernel[(splits,)](
-            q, plan.records, view.keys, view.values, view.bases, view.means,
+            q, plan.records, view.table, view.codes, view.bases, view.own_bases, view.scales, view.means, view.own_means,
             view.window_keys, view.window_values, view.window_lengths,
             part_m, part_l, part_acc,
             scaling * math.log2(math.e),
             q.stride(0), q.stride(1), q.stride(2), view.window_keys.stride(0), view.window_keys.stride(1),
-            HEADS=heads, G=group, T=new, D=dim, DP=_power_of_two(dim), M=padded_rows, RANK_TILE=rank_tile,
+            HEADS=heads, G=group, T=new, D=dim, DP=_power_of_two(dim), M=padded_rows, **constants,
             BLOCK_N=tiles.block_n, STAGES=tiles.stages, DENSE_BLOCK_N=tiles.dense_block_n, DENSE_STAGES=tiles.dense_stages,
             TWO_PART=two_part_query, UPCAST=not q.is_cuda, PRECISION=precision, num_warps=tiles.warps,
         )  # fmt: skip

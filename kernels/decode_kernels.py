@@ -2,106 +2,48 @@
 
 Naming: i_ program ids and scalars, o_ offsets, p_ pointers, b_ register blocks, m_ masks. M rows are the packed
 (new token t, query head g of the group) pairs, row = t * G + g, so that the heads of a group share every load.
+
+A pair of raw or coded Keys with raw or coded Values is one body of the split kernel, compiled if the layer has it.
 """
 
 import triton
 import triton.language as tl
 
+from .decode_attend import attend, coded
 from .table import (
-    BASIS_UNITS,
+    BASIS,
     COUNT,
-    KEY_UNITS,
-    MEAN,
-    RANK_UNITS,
+    ENTRY,
+    FIELDS,
+    KEY,
+    NONE,
+    OFFSET,
     ROW,
     SLOT,
     SPLIT_FIELDS,
     SPLIT_KIND,
     START,
-    STRIDE_UNITS,
-    UNIT,
-    VALUE_UNITS,
+    VALUE,
     Kind,
 )
 
 C_SLOT, C_ROW, C_KIND, C_COUNT = tl.constexpr(SLOT), tl.constexpr(ROW), tl.constexpr(SPLIT_KIND), tl.constexpr(COUNT)
-C_START, C_KEY, C_VALUE, C_RANK = tl.constexpr(START), tl.constexpr(KEY_UNITS), tl.constexpr(VALUE_UNITS), tl.constexpr(RANK_UNITS)
-C_BASIS, C_STRIDE, C_MEAN = tl.constexpr(BASIS_UNITS), tl.constexpr(STRIDE_UNITS), tl.constexpr(MEAN)
-C_FIELDS, C_UNIT = tl.constexpr(SPLIT_FIELDS), tl.constexpr(UNIT)
-CODED, WINDOW = tl.constexpr(int(Kind.CODED)), tl.constexpr(int(Kind.WINDOW))
-
-
-@triton.jit
-def _attend(
-    b_q,  # [M, K] query in the coordinates of the stored Keys
-    b_low,  # [M, K] what rounding b_q lost, read if TWO_PART
-    b_bias,  # [M] fp32, already times the scale
-    b_seen,  # [M] int32, tokens of this split each row may see
-    p_k,  # first Key of the split
-    p_v,  # first Value of the split
-    i_count,  # tokens of the split
-    i_width,  # numbers stored per Key, a multiple of 8, at most K
-    scale,  # logit scale times log2(e)
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    M: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    TWO_PART: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Online softmax over one split: m [M] in log2 units, l [M], acc [M, DP], all fp32."""
-    o_n = tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, K)
-    o_d = tl.arange(0, DP)
-    b_m = tl.full([M], float("-inf"), tl.float32)
-    b_l = tl.zeros([M], tl.float32)
-    b_acc = tl.zeros([M, DP], tl.float32)
-    # Lanes past the stored width are masked: they move no bytes and add zero.
-    p_k += o_n[:, None] * i_width + o_k[None, :]  # [BLOCK_N, K]
-    p_v += o_n[:, None] * D + o_d[None, :]  # [BLOCK_N, DP]
-    m_k = (o_k < i_width)[None, :]
-    m_d = (o_d < D)[None, :]
-    for i_n in tl.range(0, i_count, BLOCK_N, num_stages=STAGES):
-        m_n = i_n + o_n < i_count
-        b_k = tl.load(p_k, mask=m_n[:, None] & m_k, other=0.0)
-        # Values past the end are masked too: a probability of 0 times a NaN is NaN.
-        m_v = m_n[:, None] if DP == D else m_n[:, None] & m_d
-        b_v = tl.load(p_v, mask=m_v, other=0.0)
-        if UPCAST:
-            b_k = b_k.to(tl.float32)
-            b_v = b_v.to(tl.float32)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, BLOCK_N]
-        if TWO_PART:
-            b_s = tl.dot(b_low, tl.trans(b_k), b_s, input_precision=PRECISION)
-        b_s = b_s * scale + b_bias[:, None]
-        m_s = (i_n + o_n)[None, :] < b_seen[:, None] if CAUSAL else m_n[None, :]
-        b_s = tl.where(m_s, b_s, float("-inf"))
-        b_top = tl.maximum(b_m, tl.max(b_s, 1))
-        # A row that has seen nothing keeps -inf; subtracting 0 instead avoids -inf minus -inf.
-        b_safe = tl.where(b_top == float("-inf"), 0.0, b_top)
-        b_alpha = tl.exp2(b_m - b_safe)
-        b_p = tl.exp2(b_s - b_safe[:, None])
-        b_l = b_l * b_alpha + tl.sum(b_p, 1)
-        b_acc = b_acc * b_alpha[:, None]
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-        b_m = b_top
-        p_k += BLOCK_N * i_width
-        p_v += BLOCK_N * D
-    return b_m, b_l, b_acc
+C_START, C_ENTRY, C_RECORD, WINDOW = tl.constexpr(START), tl.constexpr(ENTRY), tl.constexpr(SPLIT_FIELDS), tl.constexpr(int(Kind.WINDOW))
+C_KEY, C_VALUE, C_FIELDS, C_OFFSET = tl.constexpr(KEY), tl.constexpr(VALUE), tl.constexpr(FIELDS), tl.constexpr(OFFSET)
+C_BASIS, C_NONE = tl.constexpr(BASIS), tl.constexpr(NONE)
 
 
 @triton.jit
 def split_kernel(
     q,
     records,
-    keys,
-    values,
+    table,
+    codes,
     bases,
+    own_bases,
+    scales,
     means,
+    own_means,
     window_keys,
     window_values,
     window_lengths,
@@ -120,7 +62,15 @@ def split_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,  # next power of two of D
     M: tl.constexpr,
-    RANK_TILE: tl.constexpr,  # 0: no coded segments
+    KN: tl.constexpr,
+    K8: tl.constexpr,
+    K4: tl.constexpr,
+    VN: tl.constexpr,
+    V8: tl.constexpr,
+    V4: tl.constexpr,
+    CODED_KEYS: tl.constexpr,  # some segment has coded Keys and raw Values
+    CODED_VALUES: tl.constexpr,  # raw Keys and coded Values
+    CODED_BOTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     DENSE_BLOCK_N: tl.constexpr,
@@ -131,16 +81,19 @@ def split_kernel(
 ):
     """Partials of one split for all query heads of its group; grid (splits,)."""
     ROWS: tl.constexpr = T * G
-    record = records + tl.program_id(0).to(tl.int64) * C_FIELDS
+    TYPE: tl.constexpr = q.dtype.element_ty
+    record = records + tl.program_id(0).to(tl.int64) * C_RECORD
     i_slot = tl.load(record + C_SLOT)
     i_row = tl.load(record + C_ROW)
-    i_kind = tl.load(record + C_KIND)
     i_count = tl.load(record + C_COUNT).to(tl.int32)
-    # Stored in units of 8 elements, so that the compiler sees that every access is 16-byte aligned.
-    o_key = tl.load(record + C_KEY) * C_UNIT
-    o_value = tl.load(record + C_VALUE) * C_UNIT
+    i_start = tl.load(record + C_START)
+    i_entry = tl.load(record + C_ENTRY)
     i_b = i_row // HEADS
     i_h = i_row % HEADS
+    entry = table + i_entry * C_FIELDS
+    # The window has no entry, and both of its sides are raw.
+    raw_keys = tl.load(entry + C_KEY + C_BASIS, mask=i_entry >= 0, other=C_NONE) == C_NONE
+    raw_values = tl.load(entry + C_VALUE + C_BASIS, mask=i_entry >= 0, other=C_NONE) == C_NONE
 
     o_m = tl.arange(0, M)
     o_d = tl.arange(0, DP)
@@ -148,52 +101,51 @@ def split_kernel(
     m_d = o_d < D
     o_q = (i_h * G + o_m % G) * stride_qh + (o_m // G) * stride_qt  # [M]
     b_q = tl.load(q + i_b * stride_qb + o_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)  # [M, DP]
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+    b_m = tl.full([M], float("-inf"), tl.float32)
+    b_l = tl.zeros([M], tl.float32)
+    b_acc = tl.zeros([M, DP], tl.float32)
 
-    if (i_kind == CODED) & (RANK_TILE > 0):
-        # The conditional expressions only keep an unused body compilable when RANK_TILE is 0.
-        WIDTH: tl.constexpr = RANK_TILE if RANK_TILE > 0 else 16
-        i_rank = tl.load(record + C_RANK).to(tl.int32) * C_UNIT
-        o_basis = tl.load(record + C_BASIS) * C_UNIT
-        i_stride = tl.load(record + C_STRIDE).to(tl.int32) * C_UNIT
-        o_r = tl.arange(0, WIDTH)
-        p_basis = bases + o_basis + o_d[:, None] * i_stride + o_r[None, :]
-        b_basis = tl.load(p_basis, mask=m_d[:, None] & (o_r < i_rank)[None, :], other=0.0)  # [DP, WIDTH]
-        b_mean = tl.load(means + tl.load(record + C_MEAN) + o_d, mask=m_d, other=0.0)  # [DP]
-        b_bias = tl.sum(b_q.to(tl.float32) * b_mean[None, :], 1) * scale  # [M]
-        if UPCAST:
-            b_rotated = tl.dot(b_q.to(tl.float32), b_basis.to(tl.float32), input_precision=PRECISION)
-        else:
-            b_rotated = tl.dot(b_q, b_basis, input_precision=PRECISION)  # [M, WIDTH] fp32
-        b_high = b_rotated.to(keys.dtype.element_ty)
-        b_low = (b_rotated - b_high.to(tl.float32)).to(keys.dtype.element_ty)
-        if UPCAST:
-            b_high = b_high.to(tl.float32)
-            b_low = b_low.to(tl.float32)
+    if raw_keys & raw_values:
         b_seen = tl.zeros([M], tl.int32) + i_count
-        b_m, b_l, b_acc = _attend(
-            b_high, b_low, b_bias, b_seen, keys + o_key, values + o_value, i_count, i_rank, scale,
-            D, DP, M, WIDTH, BLOCK_N, STAGES, TWO_PART, False, UPCAST, PRECISION,
-        )  # fmt: skip
-    else:
-        p_k = keys + o_key
-        p_v = values + o_value
-        b_seen = tl.zeros([M], tl.int32) + i_count
-        if i_kind == WINDOW:
-            i_start = tl.load(record + C_START).to(tl.int32)
+        if tl.load(record + C_KIND) == WINDOW:
             i_length = tl.load(window_lengths + i_b)
-            o_window = i_b * stride_wb + i_h * stride_wh + i_start.to(tl.int64) * D
+            i_first = i_start.to(tl.int32)
+            o_window = i_b * stride_wb + i_h * stride_wh + i_start * D
             p_k = window_keys + o_window
             p_v = window_values + o_window
             # The plan covers the window's capacity; what is filled is known only here.
-            i_count = tl.maximum(tl.minimum(i_count, i_length - i_start), 0)
-            b_seen = tl.minimum(i_length - i_start - (T - 1 - o_m // G), i_count)
-        if UPCAST:
-            b_q = b_q.to(tl.float32)
-        b_bias = tl.zeros([M], tl.float32)
-        b_m, b_l, b_acc = _attend(
-            b_q, b_q, b_bias, b_seen, tl.multiple_of(p_k, 16), tl.multiple_of(p_v, 16), i_count, D, scale,
-            D, DP, M, DP, DENSE_BLOCK_N, DENSE_STAGES, False, True, UPCAST, PRECISION,
+            i_count = tl.maximum(tl.minimum(i_count, i_length - i_first), 0)
+            b_seen = tl.minimum(i_length - i_first - (T - 1 - o_m // G), i_count)
+        else:
+            p_k = (codes + tl.load(entry + C_KEY + C_OFFSET) // 16 * 16).to(tl.pointer_type(TYPE)) + i_start * D
+            p_v = (codes + tl.load(entry + C_VALUE + C_OFFSET) // 16 * 16).to(tl.pointer_type(TYPE)) + i_start * D
+        b_m, b_l, b_acc, _8, _a, _b = attend(
+            b_q, b_q, b_q, b_q, b_q, b_q, b_q, b_q, tl.zeros([M], tl.float32), b_seen,
+            p_k, p_k, p_k, p_v, p_v, p_v, D, 0, 0, D, 0, 0, i_count, scale,
+            M, DP, 0, 0, DP, 0, 0, DP == D, DENSE_BLOCK_N, DENSE_STAGES, False, True, TYPE, UPCAST, PRECISION,
         )  # fmt: skip
+    else:
+        # Nested, because a constant of compilation must not meet a number of the GPU in one condition.
+        if CODED_BOTH:  # noqa: SIM102
+            if (raw_keys | raw_values) == 0:
+                b_m, b_l, b_acc = coded(
+                    b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
+                    D, DP, M, KN, K8, K4, VN, V8, V4, False, False, BLOCK_N, STAGES, TWO_PART, TYPE, UPCAST, PRECISION,
+                )  # fmt: skip
+        if CODED_KEYS:  # noqa: SIM102
+            if raw_values:
+                b_m, b_l, b_acc = coded(
+                    b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
+                    D, DP, M, KN, K8, K4, VN, V8, V4, False, True, BLOCK_N, STAGES, TWO_PART, TYPE, UPCAST, PRECISION,
+                )  # fmt: skip
+        if CODED_VALUES:  # noqa: SIM102
+            if raw_keys:
+                b_m, b_l, b_acc = coded(
+                    b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
+                    D, DP, M, KN, K8, K4, VN, V8, V4, True, False, BLOCK_N, STAGES, TWO_PART, TYPE, UPCAST, PRECISION,
+                )  # fmt: skip
 
     o_out = i_slot * ROWS + o_m
     tl.store(part_m + o_out, b_m, mask=m_m)

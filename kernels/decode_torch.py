@@ -1,23 +1,26 @@
 """Decode attention over the compact cache in plain torch: the specification the Triton kernel is tested against.
 
-For a coded segment with Key mean `mu`, decode matrix `A [D, R]` and codes `c = (k - mu) @ encode[:, :R]`
+A coded side (Keys or Values) of a segment has a mean `mu`, a decode matrix `A [D, R]`, scales `s [R]` and levels `c [S, R]`, so that a
+vector is rebuilt as `mu + A (s c)`. Nothing is rebuilt, though: with probabilities p of the segment's tokens
 
-    logit = scaling * (q . mu + (q @ A) . c),
+    logit = scaling * (q . mu_k + ((q A_k) s_k) . c_k),        output = mu_v sum(p) + A_v (s_v (c_v^T p)).
 
-so Keys are never rebuilt; the mean's part is a bias, needed because other segments share the softmax. Dense segments
-and the window use plain `q . k`. Works on any device and dtype, computes in fp32 (fp64 for fp64 queries).
+The Key mean's part is a bias, needed because other segments share the softmax; the Value rotation is undone once per segment. Raw sides
+and the window use plain `q . k` and `p . v`. Works on any device and dtype, computes in fp32 (fp64 for fp64 queries).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import codes
-from .table import BASIS_OFFSET, BASIS_STRIDE, KEY_OFFSET, KIND, LENGTH, MEAN_OFFSET, RANK, VALUE_OFFSET, CacheView, Kind
+from .slabs import Slabs
+from .table import BASIS, KEY, KIND, LENGTH, MEAN, NATIVE, NONE, OFFSET, OWN_MEAN, SCALES, STRIDE, VALUE, CacheView, Kind, own_basis
 
 TOKENS_AT_ONCE = 4096
 """Tokens whose logits are alive together; bounds memory when hundreds of queries meet a long segment."""
@@ -89,26 +92,20 @@ def partials_of(logits: Tensor, values: Tensor) -> Partials:
 
 
 def reconstruct(view: CacheView) -> list[list[tuple[Tensor, Tensor]]]:
-    """Rebuilt Keys `mean + codes @ decode[:, :R].T` and Values of every row and head, segments in order, window last.
+    """Rebuilt Keys and Values of every row and head, segments in order, window last.
 
     Returns:
-        `out[b][h] = (keys [S, D], values [S, D])` in fp32 (fp64 for fp64 pools).
+        `out[b][h] = (keys [S, D], values [S, D])` in fp32 (fp64 for fp64 caches).
     """
-    dtype = torch.promote_types(view.values.dtype, torch.float32)
+    dtype = torch.promote_types(view.dtype, torch.float32)
     lengths = view.window_lengths.tolist()
     out: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(view.batch_size)]
     for b, h, segments in _stored(view):
-        keys, values = [], []
-        for segment in segments:
-            stored, value = _load(view, segment, 0, segment[LENGTH])
-            if segment[KIND] == Kind.CODED:
-                basis, mean = _basis(view, segment)
-                stored = mean.to(dtype) + stored.to(dtype) @ basis.to(dtype).T
-            keys.append(stored.to(dtype))
-            values.append(value.to(dtype))
-        keys.append(view.window_keys[b, h, : lengths[b]].to(dtype))
-        values.append(view.window_values[b, h, : lengths[b]].to(dtype))
-        out[b].append((torch.cat(keys), torch.cat(values)))
+        sides = []
+        for side, window in ((KEY, view.window_keys), (VALUE, view.window_values)):
+            parts = [load_side(view, segment, side).rebuilt(dtype) for segment in segments]
+            sides.append(torch.cat([*parts, window[b, h, : lengths[b]].to(dtype)]))
+        out[b].append((sides[0], sides[1]))
     return out
 
 
@@ -138,37 +135,66 @@ def _stored(view: CacheView) -> Iterator[tuple[int, int, list[list[int]]]]:
             yield b, h, [s for s in segments if s[KIND] != Kind.EMPTY and s[LENGTH] > 0]
 
 
-def _load(view: CacheView, segment: list[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Stored Keys (codes `[S, R]` or raw `[S, D]`) and Values `[S, D]` of some of a segment's tokens."""
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Keys or Values of one segment: levels `[S, R]`; decode `[D, R]` with the scales folded in and mean `[D]`, None for raw numbers."""
+
+    levels: Tensor
+    decode: Tensor | None
+    mean: Tensor | None
+
+    def rebuilt(self, dtype: torch.dtype) -> Tensor:
+        """The vectors `[S, D]` that the codes stand for."""
+        if self.decode is None or self.mean is None:
+            return self.levels.to(dtype)
+        return self.mean.to(dtype) + self.levels.to(dtype) @ self.decode.to(dtype).T
+
+
+def load_side(view: CacheView, segment: Sequence[int], side: int) -> Side:
+    """The Keys (`side` = KEY) or Values of one table row."""
     dim, length = view.head_dim, segment[LENGTH]
-    width = segment[RANK] if segment[KIND] == Kind.CODED else dim
-    keys = codes.unpack_from(view.keys, segment[KEY_OFFSET], length, width)
-    return keys[start:stop], codes.unpack_from(view.values, segment[VALUE_OFFSET], length, dim)[start:stop]
-
-
-def _basis(view: CacheView, segment: list[int]) -> tuple[Tensor, Tensor]:
-    """Decode matrix `[D, R]` and Key mean `[D]` of a coded segment."""
-    dim, rank = view.head_dim, segment[RANK]
-    basis = view.bases.as_strided((dim, rank), (segment[BASIS_STRIDE], 1), view.bases.storage_offset() + segment[BASIS_OFFSET])
-    return basis, view.means[segment[MEAN_OFFSET] : segment[MEAN_OFFSET] + dim]
+    slabs = Slabs(*segment[side + NATIVE : side + NATIVE + 3])
+    levels = codes.unpack(view.codes[segment[side + OFFSET] :], length, slabs, view.dtype)
+    if segment[side + BASIS] == NONE:
+        return Side(levels, None, None)
+    pool, place = view.bases, segment[side + BASIS]
+    if place < NONE:
+        pool, place = view.own_bases, own_basis(place)
+    decode = pool.as_strided((dim, slabs.rank), (segment[side + STRIDE], 1), pool.storage_offset() + place).to(levels.dtype)
+    if slabs.scaled:
+        first = segment[side + SCALES]
+        scales = view.scales[first : first + slabs.scaled].to(levels.dtype)
+        decode = decode * torch.cat([scales.new_ones(slabs.native), scales])
+    mean = levels.new_zeros(dim)
+    for pool, place in ((view.means, segment[side + MEAN]), (view.own_means, segment[side + OWN_MEAN])):
+        if place != NONE:
+            mean = mean + pool[place : place + dim].to(mean.dtype)
+    return Side(levels, decode, mean)
 
 
 def _head_partials(rows: Tensor, view: CacheView, segments: list[list[int]], scaling: float) -> Partials | None:
     """Partials of one (b, h): `rows [N, D]` over all of its segments, or None if there are none."""
     parts = []
     for segment in segments:
+        key, value = load_side(view, segment, KEY), load_side(view, segment, VALUE)
         query, bias = rows, None
-        if segment[KIND] == Kind.CODED:
-            basis, mean = _basis(view, segment)
-            query, bias = rows @ basis.to(rows.dtype), rows @ mean.to(rows.dtype)
+        if key.decode is not None and key.mean is not None:
+            query, bias = rows @ key.decode.to(rows.dtype), rows @ key.mean.to(rows.dtype)
+        own = []
         for start in range(0, segment[LENGTH], TOKENS_AT_ONCE):
-            keys, values = _load(view, segment, start, min(start + TOKENS_AT_ONCE, segment[LENGTH]))
-            logits = query @ keys.to(rows.dtype).T
+            some = slice(start, start + TOKENS_AT_ONCE)
+            logits = query @ key.levels[some].to(rows.dtype).T
             if bias is not None:
                 logits = logits + bias[:, None]
-            parts.append(partials_of(scaling * logits, values.to(rows.dtype)))
-            if len(parts) == 2:
-                parts = [merge_partials(parts)]
+            own.append(partials_of(scaling * logits, value.levels[some].to(rows.dtype)))
+            if len(own) == 2:
+                own = [merge_partials(own)]
+        m, mass, acc = own[0]
+        if value.decode is not None and value.mean is not None:
+            acc = mass[..., None] * value.mean.to(rows.dtype) + acc @ value.decode.to(rows.dtype).T
+        parts.append((m, mass, acc))
+        if len(parts) == 2:
+            parts = [merge_partials(parts)]
     return parts[0] if parts else None
 
 

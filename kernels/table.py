@@ -12,8 +12,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from .slabs import UNIT, Slabs, check_slabs
+
 BLOCK = 64
-"""Tokens per pool block; every segment is padded to whole blocks."""
+"""Tokens per block: text leaves the window in blocks, and splits of a segment begin on them."""
 
 
 class Kind(IntEnum):
@@ -25,14 +27,29 @@ class Kind(IntEnum):
     WINDOW = 3
 
 
-KIND, KEY_OFFSET, VALUE_OFFSET, LENGTH, RANK, BASIS_OFFSET, BASIS_STRIDE, MEAN_OFFSET = range(8)
-FIELDS = 8
-"""Columns of the table. Offsets and the stride count elements and are multiples of 8 (16 bytes in bf16), MEAN_OFFSET any."""
+KIND, LENGTH, KEY, VALUE, FIELDS = 0, 1, 2, 11, 20
+"""Columns of the table: what the segment is, its tokens, where the fields of its Keys and of its Values begin, and how many there are."""
 
-SLOT, ROW, SPLIT_KIND, COUNT, START, KEY_UNITS, VALUE_UNITS, RANK_UNITS, BASIS_UNITS, STRIDE_UNITS, MEAN = range(11)
-SPLIT_FIELDS = 16
-"""Columns of a split record, padded to 128 bytes. "Units" are 8 elements: multiplied by 8 inside a kernel they prove alignment."""
-UNIT = 8
+OFFSET, NATIVE, BYTE, NIBBLE, BASIS, STRIDE, SCALES, MEAN, OWN_MEAN = range(9)
+"""Fields of one side: `entry[KEY + OFFSET]`.
+
+OFFSET counts bytes of the code pool, a multiple of 16; NATIVE, BYTE and NIBBLE are the slabs. BASIS, SCALES, MEAN and OWN_MEAN count
+numbers of their pools, STRIDE those between rows of the decode matrix; BASIS and STRIDE are multiples of 8. `NONE` stands for none: raw
+numbers have none of the four, and every mean may be the sum of a shared and an own one. Without any scaled direction SCALES means nothing.
+A BASIS below `NONE` lies in the pool of own bases, at `own_basis(BASIS)`; so do a sequence's bases stay apart from those of the artifact.
+"""
+NONE = -1
+
+
+def own_basis(place: int) -> int:
+    """BASIS of an own basis from its offset, and its offset from BASIS: multiples of 8 from 0 on become -8, -16, ..."""
+    return -place - 8
+
+
+SLOT, ROW, SPLIT_KIND, COUNT, START, ENTRY = range(6)
+SPLIT_FIELDS = 8
+"""Columns of a split record. ENTRY is the row of the flattened table [B · Hkv · Nseg, FIELDS] that the split reads, `NONE` for the
+window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +59,17 @@ class SplitPlan:
     Attributes:
         records: int64 `[N, SPLIT_FIELDS]`, the most bytes first, so that the last programs to start are short ones.
         ranges: int32 `[B * Hkv + 1]`; partials of row `b * Hkv + h` lie in slots `ranges[row]` to `ranges[row + 1]`.
-        max_rank: the largest rank of a coded segment, 0 if there is none.
         max_splits: the most splits any one row has.
-        has_coded, has_dense: whether any split is coded, or is a dense segment (the window apart).
+        key_widths, value_widths: the largest native, 8-bit and 4-bit slab of any rotated side.
+        pairs: which pairs (raw Keys, raw Values) occur among the segments, the window apart.
     """
 
     records: Tensor
     ranges: Tensor
-    max_rank: int
     max_splits: int
-    has_coded: bool
-    has_dense: bool
+    key_widths: Slabs
+    value_widths: Slabs
+    pairs: frozenset[tuple[bool, bool]]
 
     @property
     def num_splits(self) -> int:
@@ -61,24 +78,27 @@ class SplitPlan:
 
 @dataclass(frozen=True, slots=True)
 class CacheView:
-    """A snapshot of one layer's cache; tensors share one device, and pools, bases and window one dtype.
+    """A snapshot of one layer's cache on one device.
 
     Attributes:
-        table: int64 `[B, Hkv, Nseg, FIELDS]`. Lengths and ranks may differ per row, head and segment; rows may share offsets (beams).
-        keys: flat pool; a DENSE segment holds raw Keys at width D, a CODED one codes at width RANK, laid out by `codes.pack`.
-        values: flat pool of raw Values at width D, laid out by `codes.pack`.
-        bases: flat pool of decode matrices; element (d, r) of a segment's `[D, R]` is at `BASIS_OFFSET + d * BASIS_STRIDE + r`.
-        means: flat fp32 pool; the Key mean `[D]` of a coded segment starts at MEAN_OFFSET.
-        window_keys, window_values: `[B, Hkv, C, D]`, raw, the newest tokens included; slack may hold anything.
+        table: int64 `[B, Hkv, Nseg, FIELDS]`. Lengths and slabs may differ per row, head and segment; rows may share offsets (beams).
+        codes: uint8, flat: codes of all segments, Keys and Values, laid out by `codes.pack`.
+        bases: flat, compute dtype: decode matrices; element (d, r) of a side's `[D, R]` is at `BASIS + d * STRIDE + r`.
+        own_bases: the same for a BASIS below `NONE`, at `own_basis(BASIS) + d * STRIDE + r`.
+        scales: flat bf16: those of a side's 8-bit directions and then of its 4-bit ones start at SCALES.
+        means: flat fp32: shared means `[D]`. own_means: flat fp16: what a segment's mean is beyond the shared one.
+        window_keys, window_values: `[B, Hkv, C, D]`, compute dtype, raw, the newest tokens included; slack may hold anything.
         window_lengths: int32 `[B]`, valid window tokens, the newest included.
         splits: the work list for the Triton kernel; the torch twin ignores it.
     """
 
     table: Tensor
-    keys: Tensor
-    values: Tensor
+    codes: Tensor
     bases: Tensor
+    own_bases: Tensor
+    scales: Tensor
     means: Tensor
+    own_means: Tensor
     window_keys: Tensor
     window_values: Tensor
     window_lengths: Tensor
@@ -95,6 +115,11 @@ class CacheView:
     @property
     def head_dim(self) -> int:
         return self.window_keys.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of native numbers: the compute dtype."""
+        return self.window_keys.dtype
 
 
 def programs_for(rows: int, multiprocessors: int) -> int:
@@ -124,28 +149,32 @@ def plan_splits(
     Args:
         table: int64 `[B, Hkv, Nseg, FIELDS]` on the CPU.
         window_capacity: C.
-        itemsize: bytes per stored number.
+        itemsize: bytes of a native number.
         num_programs: splits wanted over the whole layer; about 3 per multiprocessor, 396 suits an H100 (132).
         min_tokens: no split is shorter unless its segment is.
         device: where records and ranges go; default the CPU.
 
     Raises:
-        ValueError: a rank, offset or stride is not a multiple of 8, or a rank exceeds D.
+        ValueError: a slab, offset or stride is off its step, or a rank exceeds D.
     """
     batch, heads, segments, _ = table.shape
     rows = batch * heads
     window = torch.zeros(rows, 1, FIELDS, dtype=torch.int64)
     window[..., KIND], window[..., LENGTH] = int(Kind.WINDOW), window_capacity
+    for side in (KEY, VALUE):
+        window[..., side + NATIVE] = head_dim
+        window[..., side + BASIS] = NONE
     pieces = torch.cat([table.reshape(rows, segments, FIELDS).to(torch.int64), window], dim=1).reshape(-1, FIELDS)
     row = torch.arange(rows).repeat_interleave(segments + 1)
+    entry = torch.cat([torch.arange(rows * segments).view(rows, segments), torch.full((rows, 1), NONE)], dim=1).reshape(-1)
     keep = (pieces[:, KIND] != int(Kind.EMPTY)) & (pieces[:, LENGTH] > 0)
-    pieces, row = pieces[keep], row[keep]
-    coded = pieces[:, KIND] == int(Kind.CODED)
-    _check(pieces, coded, head_dim)
+    pieces, row, entry = pieces[keep], row[keep], entry[keep]
+    _check(pieces, head_dim)
 
     length = pieces[:, LENGTH]
-    width = torch.where(coded, pieces[:, RANK], head_dim)
-    token_bytes = (width + head_dim) * itemsize
+    halves = torch.tensor([2 * itemsize, 2, 1])  # half bytes of a direction
+    token_bytes = sum((pieces[:, side + NATIVE : side + BASIS] * halves).sum(1) for side in (KEY, VALUE)) / 2
+    token_bytes = token_bytes.clamp(min=1)  # a segment without any direction still takes a little time
     wanted = (length * token_bytes).sum().item() / max(num_programs, 1)
     count = ((length * token_bytes) / max(wanted, 1.0)).round().long()
     count = count.clamp(min=1).minimum((length // min_tokens).clamp(min=1))
@@ -156,25 +185,19 @@ def plan_splits(
     slot = torch.arange(len(piece))
     start = (slot - (count.cumsum(0) - count)[piece]) * tokens[piece]
     records = torch.zeros(len(piece), SPLIT_FIELDS, dtype=torch.int64)
-    records[:, SLOT], records[:, ROW], records[:, SPLIT_KIND] = slot, row[piece], pieces[piece, KIND]
+    records[:, SLOT], records[:, ROW], records[:, SPLIT_KIND], records[:, ENTRY] = slot, row[piece], pieces[piece, KIND], entry[piece]
     records[:, COUNT], records[:, START] = torch.minimum(tokens[piece], length[piece] - start), start
-    # Splits start on block boundaries, and blocks follow one another whatever their inside looks like.
-    records[:, KEY_UNITS] = (pieces[piece, KEY_OFFSET] + start * width[piece]) // UNIT
-    records[:, VALUE_UNITS] = (pieces[piece, VALUE_OFFSET] + start * head_dim) // UNIT
-    records[:, RANK_UNITS] = torch.where(coded[piece], pieces[piece, RANK], 0) // UNIT
-    records[:, BASIS_UNITS] = pieces[piece, BASIS_OFFSET] // UNIT
-    records[:, STRIDE_UNITS] = pieces[piece, BASIS_STRIDE] // UNIT
-    records[:, MEAN] = pieces[piece, MEAN_OFFSET]
     per_row = torch.zeros(rows, dtype=torch.int64).index_add_(0, row, count)
     ranges = torch.cat([torch.zeros(1, dtype=torch.int64), per_row.cumsum(0)]).to(torch.int32)
     longest_first = torch.argsort(records[:, COUNT] * token_bytes[piece], descending=True, stable=True)
+    stored = pieces[pieces[:, KIND] != int(Kind.WINDOW)]
     return SplitPlan(
         records=records[longest_first].to(device),
         ranges=ranges.to(device),
-        max_rank=int(pieces[coded, RANK].max()) if bool(coded.any()) else 0,
         max_splits=int(per_row.max()) if rows else 0,
-        has_coded=bool(coded.any()),
-        has_dense=bool((pieces[:, KIND] == int(Kind.DENSE)).any()),
+        key_widths=_widths(stored, KEY),
+        value_widths=_widths(stored, VALUE),
+        pairs=frozenset((key, value) for key, value in (stored[:, [KEY + BASIS, VALUE + BASIS]] == NONE).tolist()),
     )
 
 
@@ -182,14 +205,20 @@ def _ceil(a: Tensor, b: Tensor | int) -> Tensor:
     return (a + b - 1) // b
 
 
-def _check(pieces: Tensor, coded: Tensor, head_dim: int) -> None:
+def _widths(pieces: Tensor, side: int) -> Slabs:
+    """The largest slab of each precision among the rotated sides."""
+    rotated = pieces[pieces[:, side + BASIS] != NONE, side + NATIVE : side + BASIS]
+    return Slabs(*rotated.amax(0).tolist()) if len(rotated) else Slabs()
+
+
+def _check(pieces: Tensor, head_dim: int) -> None:
     if head_dim % UNIT:
         raise ValueError(f"head_dim {head_dim} is not a multiple of {UNIT}; use the torch backend")
-    ranks = pieces[coded, RANK]
-    if bool(((ranks % UNIT != 0) | (ranks < 0) | (ranks > head_dim)).any()):
-        raise ValueError(f"ranks must be multiples of {UNIT} from 0 to {head_dim}, got {sorted(set(ranks.tolist()))}")
-    aligned = {"KEY_OFFSET": KEY_OFFSET, "VALUE_OFFSET": VALUE_OFFSET, "BASIS_OFFSET": BASIS_OFFSET, "BASIS_STRIDE": BASIS_STRIDE}
-    for name, column in aligned.items():
-        values = pieces[:, column]
-        if bool((values % UNIT != 0).any()):
-            raise ValueError(f"{name} must be a multiple of {UNIT} elements, got {int(values[values % UNIT != 0][0])}")
+    for side in (KEY, VALUE):
+        for slabs in set(map(tuple, pieces[:, side + NATIVE : side + BASIS].tolist())):
+            check_slabs(Slabs(*slabs), head_dim)
+        rotated = pieces[pieces[:, side + BASIS] != NONE]
+        for name, held, field, step in (("OFFSET", pieces, OFFSET, 16), ("BASIS", rotated, BASIS, UNIT), ("STRIDE", rotated, STRIDE, UNIT)):
+            values = held[:, side + field]
+            if bool((values % step != 0).any()):
+                raise ValueError(f"{name} must be a multiple of {step}, got {int(values[values % step != 0][0])}")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..kernels.table import Kind
 from .cache_layer import RotateKLayer
 
 DENSE_ITEMSIZE = 2  # sizes are compared at 2 bytes a number, whatever the compute dtype (DESIGN.md §3)
@@ -16,8 +17,8 @@ DENSE_ITEMSIZE = 2  # sizes are compared at 2 bytes a number, whatever the compu
 class CacheBytes:
     """Bytes of one cache. `stored` is what is allocated; the others count codes and raw numbers at 2 bytes each.
 
-    total: everything; span: coded segments with all they need (codes, Values, means, own bases, or a rival's parts); window: raw
-    text (window and older dense text); basis: own bases, part of span; slack: block padding and unused window, part of span or
+    total: everything; span: coded segments with all they need (codes, scales, means, own bases, or a rival's parts); window: raw
+    text (window and older dense text); basis: own bases, part of span; slack: padding and unused window, part of span or
     window; tables: segment tables, lengths and work lists; dense: the stock cache for the same tokens; span_dense: the stock cache
     for the coded tokens; fallback_heads: (sequence, head, segment) triples that kept more than planned.
     """
@@ -86,14 +87,15 @@ def _layer_bytes(layer: RotateKLayer, tokens: int | None) -> CacheBytes:
     size = DENSE_ITEMSIZE
     rival = layer.spans
     coded_tokens = store.coded_tokens() + (rival.tokens() if rival is not None else 0)
-    dense_numbers = store.dense_text_elements()
-    basis = parts["bases"].numel() * size if "bases" in parts else 0
-    span = (parts["keys"].numel() + parts["values"].numel() - dense_numbers) * size + storage_bytes([parts["means"]]) + basis
-    span += rival.bytes() if rival is not None else 0
+    coded, coded_slack = store.code_bytes(Kind.CODED)
+    raw, raw_slack = store.code_bytes(Kind.DENSE)
+    basis = store.own_bases.numel() * size
+    span = coded + storage_bytes([store.scales, store.own_means]) + basis + (rival.bytes() if rival is not None else 0)
+    span += storage_bytes(layer.blocks.tensors()) if layer.blocks is not None else 0
     window_numbers = parts["window_keys"].numel() + parts["window_values"].numel()
-    window = (window_numbers + dense_numbers) * size
+    window = window_numbers * size + raw
     tables = storage_bytes([parts[k] for k in ("window_lengths", "table", "splits", "ranges") if k in parts])
-    slack = (store.slack_elements() + window_numbers - store.window.used_elements()) * size
+    slack = coded_slack + raw_slack + (window_numbers - store.window.used_elements()) * size
     per_token = 2 * store.heads * store.dim * size
     real = tokens if tokens is not None else int(layer.real.sum())
     return CacheBytes(
@@ -106,5 +108,5 @@ def _layer_bytes(layer: RotateKLayer, tokens: int | None) -> CacheBytes:
         slack=slack,
         tables=tables,
         dense=real * per_token,
-        fallback_heads=int(store.fallback.sum()),
+        fallback_heads=int(store.monitor.fallback.sum()),
     )

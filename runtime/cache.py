@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from .cache_layer import RotateKLayer
 from .coder import Coder
 from .handle import Handle
 from .media import CallState
-from .prepared import PreparedArtifact
+from .monitor import Monitor, drift_of, stats, warn_of_drift
+from .prepared import PreparedArtifact, PreparedLayer
 
 __all__ = ["Handle", "RotateKCache", "RotateKLayer"]
 
@@ -41,6 +43,9 @@ class RotateKCache(Cache):
         types, kwargs = get_layer_types_and_kwargs(text)
         self.state = CallState()
         self.artifact = artifact
+        self.rope_deltas: Tensor | None = None  # int64 [B, 1], what M-RoPE models keep beside the cache; known to `Document` caches alone
+        self.weights: str | None = None  # identifies the model that read the tokens, likewise
+        self.drift_said = False
         layers: list[Any] = []
         # transformers 5.17 returns one dict for all layers, 5.23 one for each
         per_layer = [kwargs] * len(types) if isinstance(kwargs, dict) else kwargs
@@ -83,6 +88,54 @@ class RotateKCache(Cache):
     def tokens(self) -> list[int]:
         """Tokens that each sequence holds, padding left out."""
         return next((layer.real.tolist() for layer in self.layers if isinstance(layer, RotateKLayer) and layer.is_initialized), [])
+
+    def fork(self) -> RotateKCache:
+        """A cheap copy that shares codes, scales, means and bases; both go on independently (fork.py)."""
+        from .fork import fork
+
+        copied: RotateKCache = fork(self)
+        return copied
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the cache to one file, read by `load_cache` (saved.py); what cannot be saved is refused there."""
+        from .saved import save_cache
+
+        return save_cache(self, path, overwrite=overwrite)
+
+    def unfinished(self) -> bool:
+        """Whether an image may go on in the next call, and is held raw until then."""
+        layers = (layer for layer in self.layers if isinstance(layer, RotateKLayer) and layer.is_initialized)
+        return bool(self.state._open or self.state._coming) or any(layer.held_queries or any(layer.store.held) for layer in layers)
+
+    def finish(self) -> None:
+        """The image that was read last is complete: code what is still held raw of it."""
+        self.state = CallState()
+        for layer in self.layers:
+            if isinstance(layer, RotateKLayer):
+                layer.state = self.state
+                if layer.is_initialized and any(layer.store.held):
+                    layer._finish(list(range(layer.store.batch)))
+
+    def stats(self) -> dict[str, Any]:
+        """What coding discarded, and where it fell back.
+
+        Returns:
+            fallback_heads: (sequence, head, segment) triples whose Keys or Values kept more than planned.
+            angle, calibrated_angle: degrees between the Keys and the directions that the plan keeps, in the median head, here and on the
+            calibration data; None where nothing is rotated.
+            layers: per layer and KV head the fallbacks, the worst error of Keys and of Values over what calibration expected
+            (`key_error_over_expected`, `value_error_over_expected`), and `key_angle`.
+        """
+        return stats(self._monitors())
+
+    def _monitors(self) -> dict[int, tuple[PreparedLayer, Monitor]]:
+        layers = [layer for layer in self.layers if isinstance(layer, RotateKLayer) and layer.is_initialized and layer.prepared.kinds]
+        return {layer.index: (layer.prepared, layer.store.monitor) for layer in layers}
+
+    def check_drift(self) -> None:
+        """Warn once if what was coded lies off the calibrated directions."""
+        if not self.drift_said:
+            self.drift_said = warn_of_drift(drift_of(self._monitors()))
 
     def _rows(self) -> int:
         """B, or 0 before the first call."""

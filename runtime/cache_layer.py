@@ -19,16 +19,18 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import RotateKError
-from ..kernels.table import BLOCK
+from ..kernels.table import BLOCK, Kind
 from .backends import Backend
 from .coder import Coder, real_queries
+from .encode import Observed, Rules, as_published, choose, write
 from .handle import Handle
 from .media import CallState
-from .online import code_segment, code_segment_as_published
 from .prepared import PreparedArtifact, PreparedLayer
+from .residual import only, without, worst_tokens
 from .segments import Step
 from .spans import CodedSpans, SpansBackend
 from .store import Store
+from .text_blocks import TextBlocks
 
 QUERIES_HELD = 32  # what methods that look at queries look at (rivals/think.py, online.py)
 
@@ -50,6 +52,7 @@ class RotateKLayer(CacheLayerMixin):
         self.held_queries: dict[int, Tensor] = {}  # row -> newest queries [Hkv, G, T, D] of the calls that brought what it holds
         self.store: Store = None  # type: ignore[assignment]
         self.spans: CodedSpans | None = None  # image segments of a rival method
+        self.blocks: TextBlocks | None = None  # text that left the window, where it is coded
         self.prepared: PreparedLayer = None  # type: ignore[assignment]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -64,8 +67,10 @@ class RotateKLayer(CacheLayerMixin):
                 f"layer {self.index} has {heads} KV heads of {dim} (Values {value_states.shape[-1]}), the artifact was compiled for "
                 f"{expected.kv_heads} of {expected.head_dim}; compile an artifact for this model"
             )
-        self.store = Store(batch, heads, dim, key_states.dtype, key_states.device)
+        self.store = Store(batch, heads, dim, key_states.dtype, key_states.device, self.prepared)
         self.real = np.zeros(batch, dtype=np.int64)
+        if "text" in self.prepared.kinds:
+            self.blocks = TextBlocks(self.store, self.prepared.kinds["text"], self._rules(own_parts=True))
         if self.coder is not None:
             self.spans = CodedSpans(batch)
             self.backend = SpansBackend(self.spans)
@@ -188,13 +193,29 @@ class RotateKLayer(CacheLayerMixin):
             assert queries is not None
             self.spans.add(row, self.coder.code(self.index, keys, values, queries))
             return None
-        basis, exact = prepared.kinds[kind], keys.float()
+        basis, sides = prepared.kinds[kind], [keys, values]
+        rules = self._rules(self.store.own_parts(row, keys.shape[1]))
+        if (escaping := int(keys.shape[1] * method.escape_ratio)) and rules.own_parts:
+            tokens = worst_tokens(sides, basis.sides, escaping)
+            self.store.add_dense(row, only(keys, tokens), only(values, tokens), Kind.CODED)
+            sides = [without(x, tokens) for x in sides]
+        given = [None, None] if rules.own_parts else self.store.given(row, kind, [side.slabs for side in basis.sides])
+        seen = [Observed(x, side, rules, like) for x, side, like in zip(sides, basis.sides, given, strict=True)]
+        where = choose(seen)
+        coded = [one.coded(at, self.store.dtype) for one, at in zip(seen, where, strict=True)]
         if method.basis == "paper":
             assert queries is not None
-            mean, codes = code_segment_as_published(exact, queries.float(), prepared.ranks)
-        else:
-            mean, codes = code_segment(exact, basis, prepared.ranks, method.prior_tokens, method.fallback_factor)
-        return self.store.add_coded(row, exact, values, mean, codes, basis)
+            where[0] = as_published(sides[0], queries.float(), basis.key)
+            coded[0] = write(sides[0], where[0], self.store.dtype)
+        self.store.monitor.see(row, where, keys.shape[1])
+        placed = [(self.store.place(at, side, scales), codes) for at, side, (codes, scales) in zip(where, basis.sides, coded, strict=True)]
+        if method.kv_budget is not None:
+            self.store.first.setdefault((row, kind), [fields for fields, _ in placed])
+        return self.store.add_coded(row, sides[0].shape[1], placed)
+
+    def _rules(self, own_parts: bool) -> Rules:
+        method = self.prepared.method
+        return Rules(method.prior_tokens, method.fallback_factor, own_parts, same_bytes=method.kv_budget is not None)
 
     def _retire(self) -> None:
         """Move the oldest text out of windows that are a block over their size; the newest `window` tokens always stay raw.
@@ -207,9 +228,8 @@ class RotateKLayer(CacheLayerMixin):
             return
         for row, old in over:
             keys, values = store.window.keys[row, :, :old], store.window.values[row, :, :old]
-            if self.prepared.method.span == "all":
-                basis = self.prepared.kinds["text"]
-                store.add_shared(row, keys.float(), values, basis, self.prepared.ranks)
+            if self.blocks is not None:
+                self.blocks.write(row, keys, values)
             else:
                 store.add_dense(row, keys, values)
             store.window.drop_oldest(row, old)
@@ -267,6 +287,8 @@ class RotateKLayer(CacheLayerMixin):
         self.store.select_rows(rows)
         self.real = self.real[rows]
         self.held_queries = {new: self.held_queries[old] for new, old in enumerate(rows) if old in self.held_queries}
+        if self.blocks is not None:
+            self.blocks.select_rows(rows)
         if self.spans is not None:
             self.spans.select_rows(rows)
 
@@ -274,14 +296,15 @@ class RotateKLayer(CacheLayerMixin):
         """Every tensor this layer keeps alive for its sequences; a rival's work copy and the artifact's bases are not among them."""
         if not self.is_initialized:
             return []
-        return [*self.store.tensors().values(), *self.held_queries.values(), *(self.spans.tensors() if self.spans is not None else ())]
+        parts = [part.tensors() for part in (self.spans, self.blocks) if part is not None]
+        return [*self.store.tensors().values(), *self.held_queries.values(), *(x for part in parts for x in part)]
 
     def reset(self) -> None:
         self.logical_length, self.tail, self.is_initialized = 0, 0, False
         self.held_queries = {}
         if self.spans is not None:
             self.spans.select_rows(())  # the backend knows them too, until the next call makes another
-        self.store, self.spans = None, None  # type: ignore[assignment]
+        self.store, self.spans, self.blocks = None, None, None  # type: ignore[assignment]
 
     def offload(self) -> None:
         raise RotateKError("cache offloading is not supported by the compressed cache; turn offloading off")

@@ -170,10 +170,13 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             state.begin(shape, kinds, lengths_of(bound.get("mm_encoder_outputs", extra.get("mm_encoder_outputs"))))
             token = _call.set(state)
             try:
-                return forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
             finally:
                 _call.reset(token)
                 state.end()
+            if marked:  # images may have been coded
+                cache.check_drift()
+            return out
 
         return with_token_kinds
 

@@ -1,4 +1,4 @@
-"""Moving what a store's pools hold: joining text blocks into one segment, and dropping ranges that no table entry names any more."""
+"""Moving what a store's pool holds: joining text blocks into one segment, and dropping ranges that no table entry names any more."""
 
 from __future__ import annotations
 
@@ -8,40 +8,59 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.codes import pool_elements
-from ..kernels.table import BASIS_OFFSET, BASIS_STRIDE, BLOCK, FIELDS, KEY_OFFSET, KIND, LENGTH, MEAN_OFFSET, RANK, VALUE_OFFSET, Kind
+from ..kernels.codes import pool_bytes
+from ..kernels.slabs import Slabs
+from ..kernels.table import (
+    BASIS,
+    BLOCK,
+    FIELDS,
+    KEY,
+    KIND,
+    LENGTH,
+    NATIVE,
+    NONE,
+    OFFSET,
+    OWN_MEAN,
+    SCALES,
+    STRIDE,
+    VALUE,
+    Kind,
+    own_basis,
+)
 
 if TYPE_CHECKING:
     from .store import Store
 
 MERGE_AT = 8  # retired text blocks of one row are merged when there are this many
+SIDES = (KEY, VALUE)
+LIKE = [field for field in range(FIELDS) if field not in (LENGTH, KEY + OFFSET, VALUE + OFFSET)]
 
 
 def merge_text(store: Store) -> None:
-    """Join a row's like segments of whole blocks (same kind, basis, mean) once there are `MERGE_AT` of them.
+    """Join a row's like segments of whole blocks (same slabs, basis, mean, scales) once there are `MERGE_AT` of them.
 
     Retired text arrives in blocks of 64 tokens; without this the table would grow by one segment per block. Pieces of an image that
     is not complete yet are left alone: they are still to become one segment.
     """
-    same = [KIND, RANK, BASIS_OFFSET, BASIS_STRIDE, MEAN_OFFSET]
-    joined: dict[bytes, np.ndarray] = {}  # rows that share blocks (beams) go on sharing what becomes of them
+    joined: dict[tuple[int, ...], tuple[np.ndarray, int]] = {}  # rows that share blocks (beams) go on sharing what becomes of them
     owners: dict[int, tuple[int, ...]] = {}
-    for row, place in zip(*np.nonzero(store.table[:, 0, :, KIND] != Kind.EMPTY), strict=True):
-        offset = int(store.table[row, 0, place, VALUE_OFFSET])
-        owners[offset] = (*owners.get(offset, ()), int(row))
+    for row, place in zip(*np.nonzero(store.ids), strict=True):
+        segment = int(store.ids[row, place])
+        owners[segment] = (*owners.get(segment, ()), int(row))
     for row in range(store.batch):
         groups: dict[tuple[int, ...], list[int]] = {}
-        for s in range(store.table.shape[2]):
-            head = store.table[row, :, s]
-            if head[0, KIND] != Kind.EMPTY and head[0, LENGTH] % BLOCK == 0 and s not in store.held[row]:
-                like = (*head[:, same].reshape(-1).tolist(), *owners[int(head[0, VALUE_OFFSET])])
+        for s in np.flatnonzero(store.ids[row]).tolist():
+            heads = store.table[row, :, s]
+            if not (heads[:, LENGTH] % BLOCK).any() and s not in store.held[row]:
+                like = (*heads[:, LIKE].reshape(-1).tolist(), *owners[int(store.ids[row, s])])
                 groups.setdefault(like, []).append(s)
         for members in groups.values():
             if len(members) >= MERGE_AT:
-                blocks = store.table[row][:, members].tobytes()
+                blocks = tuple(store.ids[row, members].tolist())
                 if blocks not in joined:
-                    joined[blocks] = _join(store, row, members)
-                store.table[row, :, members[0]], store.table[row, :, members[1:]] = joined[blocks], 0
+                    joined[blocks] = _join(store, row, members), store.new_id()
+                store.clear(row, members)
+                store.table[row, :, members[0]], store.ids[row, members[0]] = joined[blocks]
     if joined:
         compact(store)
 
@@ -49,47 +68,75 @@ def merge_text(store: Store) -> None:
 def _join(store: Store, row: int, members: list[int]) -> np.ndarray:
     """Copy the members of every head one after another; returns the table entries [Hkv, FIELDS] of what they became."""
     entries = store.table[row, :, members[0]].copy()
-    key_start, value_start = store.keys.numel(), store.values.numel()
-    key_parts: list[Tensor] = []
-    value_parts: list[Tensor] = []
-    for h in range(store.heads):
-        starts = key_start + sum(p.numel() for p in key_parts), value_start + sum(p.numel() for p in value_parts)
-        for s in members:
-            key, value = entry_slices(store.table[row, h, s], store.dim)
-            key_parts.append(store.keys[key])
-            value_parts.append(store.values[value])
-        entry = entries[h]
-        entry[LENGTH] = store.table[row, h, members, LENGTH].sum()
-        entry[KEY_OFFSET], entry[VALUE_OFFSET] = starts
-    store.keys, store.values = torch.cat([store.keys, *key_parts]), torch.cat([store.values, *value_parts])
+    entries[:, LENGTH] = store.table[row, :, members, LENGTH].sum(0)
+    end, parts = store.codes.numel(), [store.codes]
+    for side in SIDES:
+        for h in range(store.heads):
+            entries[h, side + OFFSET] = end
+            slabs = Slabs(*entries[h, side + NATIVE : side + BASIS].tolist())
+            parts += _slab_runs(store, store.table[row, h, members], side, slabs)
+            end += pool_bytes(int(entries[h, LENGTH]), slabs, store.dtype.itemsize)
+    store.codes = torch.cat(parts)
     return entries
 
 
-def entry_slices(entry: np.ndarray, dim: int) -> tuple[slice, slice]:
-    """Pool ranges of one table entry."""
-    width = int(entry[RANK]) if entry[KIND] == Kind.CODED else dim
-    length = int(entry[LENGTH])
-    key, value = int(entry[KEY_OFFSET]), int(entry[VALUE_OFFSET])
-    return slice(key, key + pool_elements(length, width)), slice(value, value + pool_elements(length, dim))
+def _slab_runs(store: Store, blocks: np.ndarray, side: int, slabs: Slabs) -> list[Tensor]:
+    """The codes of blocks one behind the other, slab by slab."""
+    widths = (slabs.native * store.dtype.itemsize, slabs.byte, slabs.nibble // 2)
+    runs = []
+    for n, width in enumerate(widths):
+        for block in blocks:
+            length = int(block[LENGTH])
+            start = int(block[side + OFFSET]) + length * sum(widths[:n])
+            runs.append(store.codes[start : start + length * width])
+    return runs
 
 
 def compact(store: Store) -> None:
     """Drop pool ranges that no table entry names any more; entries that share a range go on sharing it."""
-    key_places: dict[tuple[int, int], int] = {}
-    value_places: dict[tuple[int, int], int] = {}
-    keys, values = [], []
-    key_end = value_end = 0
-    for entry in store.table.reshape(-1, FIELDS):
-        if entry[KIND] == Kind.EMPTY:
-            continue
-        key, value = entry_slices(entry, store.dim)
-        if (key.start, key.stop) not in key_places:
-            key_places[key.start, key.stop] = key_end
-            keys.append(store.keys[key])
-            key_end += key.stop - key.start
-        if (value.start, value.stop) not in value_places:
-            value_places[value.start, value.stop] = value_end
-            values.append(store.values[value])
-            value_end += value.stop - value.start
-        entry[KEY_OFFSET], entry[VALUE_OFFSET] = key_places[key.start, key.stop], value_places[value.start, value.stop]
-    store.set_pools(keys, values)
+    sides = [
+        entry[start : start + VALUE - KEY] for entry in store.table.reshape(-1, FIELDS) if entry[KIND] != Kind.EMPTY for start in SIDES
+    ]
+    lengths = [int(entry[LENGTH]) for entry in store.table.reshape(-1, FIELDS) if entry[KIND] != Kind.EMPTY for _ in SIDES]
+    codes = _Moved(store.codes)
+    for side, length in zip(sides, lengths, strict=True):
+        side[OFFSET] = codes.place(int(side[OFFSET]), pool_bytes(length, _slabs(side), store.dtype.itemsize))
+    store.codes = codes.pool()
+    named = [*store.written_in(), *(fields for pair in store.first.values() for fields in pair)]  # what later segments may name again
+    sides += [fields for side in named for fields in side]
+    means, bases, scales = _Moved(store.own_means), _Moved(store.own_bases), _Moved(store.scales)
+    shared = {number: (start, scales.place(start, store.heads * store.dim)) for number, start in store.calibrated.items()}
+    for side in sides:
+        if side[OWN_MEAN] != NONE:
+            side[OWN_MEAN] = means.place(int(side[OWN_MEAN]), store.dim)
+        if side[BASIS] < NONE:
+            side[BASIS] = own_basis(bases.place(own_basis(int(side[BASIS])), int(side[STRIDE]) * store.dim))
+        if side[BASIS] != NONE and _slabs(side).scaled:
+            at = int(side[SCALES])
+            moved = [new + at - old for old, new in shared.values() if old <= at < old + store.heads * store.dim]
+            side[SCALES] = moved[0] if moved else scales.place(at, _slabs(side).scaled)
+    store.own_means, store.own_bases, store.scales = means.pool(), bases.pool(), scales.pool()
+    store.calibrated = {number: new for number, (_, new) in shared.items()}
+
+
+class _Moved:
+    """A pool in the making, of ranges of an old one."""
+
+    def __init__(self, old: Tensor) -> None:
+        self.old, self.parts, self.end = old, [old[:0]], 0
+        self.places: dict[tuple[int, int], int] = {}
+
+    def place(self, start: int, size: int) -> int:
+        """Where a range is from now on; what takes no room may lie anywhere."""
+        if (start, size) not in self.places:
+            self.places[start, size] = self.end
+            self.parts.append(self.old[start : start + size])
+            self.end += size
+        return self.places[start, size]
+
+    def pool(self) -> Tensor:
+        return torch.cat(self.parts)
+
+
+def _slabs(side: np.ndarray) -> Slabs:
+    return Slabs(*side[NATIVE:BASIS].tolist())

@@ -1,58 +1,77 @@
-"""An artifact made ready for decoding: bases on the device, in the compute dtype, cut to the plan."""
+"""An artifact made ready for decoding: bases on the device, in the compute dtype, and the plan of every head."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..artifact import Artifact, Method
+from ..bases import balance
 from ..errors import RotateKError
 from ..geometry import LayerGeometry
+from ..kernels.slabs import Slabs
+from ..plan import SIDES, HeadPlan, own_part_bytes
 from .coder import Coder
+from .rounding_error import expected_errors
+from .scales import calibrated_scales, merged_scales
 from .tensor_parallel import Shard
 
 
-def balance(energy: Tensor) -> Tensor:
-    """Scale per direction that gives Key codes and rotated queries like size (free to choose, DESIGN.md §4.3).
-
-    In whitened coordinates a direction has query variance 1 and Key variance `energy` [..., R]; scaling codes by
-    energy^{-1/4} and queries by its inverse makes both energy^{1/2}, which keeps fp16 codes away from overflow and underflow.
-    """
-    floor = 1e-6 * energy.amax(-1, keepdim=True).clamp_min(1e-12)
-    return energy.maximum(floor) ** -0.25
-
-
 @dataclass(frozen=True, slots=True)
-class KindBasis:
-    """Calibrated basis of one layer and token kind, whitened (bases.py). H = KV heads.
+class SideBasis:
+    """Calibrated basis of the Keys or the Values of one layer and token kind. H = KV heads.
 
-    encode, decode: fp32 [H, D, D]; spectrum fp32 [H, D]; mean fp32 [H, D].
-    shared: flat pool in the compute dtype with the balanced decode [D, R_h] of every head at `offsets[h]`, row stride R_h;
-    `scale` fp32 [H, D] is the balance that the codes need.
+    encode fp32 [H, D, D]: whitened coordinates times `balance` (bases.py), z = (x - mean) @ encode; decode fp32 [H, D, D], its inverse
+    transposed; spectrum fp64 [H, D] on the CPU, energies in whitened coordinates; mean, balance fp32 [H, D].
+    slabs: the plan. scales: bf16 [H, D] for codes of 8 and of 4 bits whose energies are the calibrated ones; plan_scales: by the plan.
+    expected: by head, the energy that the plan discards on the calibration data, coding errors included.
+    number: which of the layer's shared matrices this is.
     """
 
-    kind: str
     encode: Tensor
     decode: Tensor
     spectrum: Tensor
     mean: Tensor
-    scale: Tensor
-    shared: Tensor
-    offsets: np.ndarray
+    balance: Tensor
+    slabs: tuple[Slabs, ...]
+    scales: dict[int, Tensor]
+    plan_scales: Tensor
+    expected: tuple[float, ...]
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class KindBasis:
+    """Both sides of one token kind."""
+
+    key: SideBasis
+    value: SideBasis
+
+    @property
+    def sides(self) -> tuple[SideBasis, SideBasis]:
+        return self.key, self.value
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedLayer:
-    """Everything one cache layer needs; immutable and shared by all caches of a model."""
+    """Everything one cache layer needs; immutable and shared by all caches of a model.
+
+    bases: compute dtype, flat [N, H, D, D]: balanced decode matrices of all kinds and sides, by `SideBasis.number`; means: fp32, flat
+    [N, H, D]. A segment that uses the calibrated basis names a place in them; they belong to no sequence.
+    tokens_per_own: tokens for which the KV budget has room for one set of own means and scales; 0 without a budget.
+    """
 
     geometry: LayerGeometry
-    ranks: tuple[int, ...]
+    plan: tuple[HeadPlan, ...]
     kinds: dict[str, KindBasis]
     method: Method
+    bases: Tensor
+    means: Tensor
+    tokens_per_own: float = 0.0
 
     def __deepcopy__(self, memo: dict[int, object]) -> PreparedLayer:
         return self  # a copied cache goes on sharing the artifact
@@ -81,7 +100,7 @@ class PreparedArtifact:
         method = self.artifact.method
         if (name := method.rival) is None:
             return None
-        from .rivals.registry import RIVALS, make_coder  # the rivals import this module, through online.py
+        from .rivals.registry import RIVALS, make_coder  # the rivals import this package's modules
 
         by_ratio = method.kv_budget is None and name in RIVALS and "keep_ratio" in RIVALS[name].settings
         ratio, state = method.keep_ratio if by_ratio else None, {"knockout": self.artifact.knockout()}
@@ -91,7 +110,8 @@ class PreparedArtifact:
         """What a layer needs that a rival codes: geometry and window, no bases."""
         if self.shard.size > 1:
             raise RotateKError("rivals need all heads in one process; load the model without tensor parallelism to compare them")
-        return PreparedLayer(self.artifact.geometry.layers[index], (), {}, self.artifact.method)
+        nothing = torch.empty(0)
+        return PreparedLayer(self.artifact.geometry.layers[index], (), {}, self.artifact.method, nothing, nothing)
 
     def layer(self, index: int, device: torch.device, dtype: torch.dtype) -> PreparedLayer:
         key = (index, device, dtype)
@@ -99,31 +119,58 @@ class PreparedArtifact:
             self._layers[key] = self._prepare(index, device, dtype)
         return self._layers[key]
 
+    @cached_property
+    def tokens_per_own(self) -> float:
+        """See `PreparedLayer`: means and scales of one segment, over what the budget leaves of each token beside its codes."""
+        budget, geometry, plan = self.artifact.method.kv_budget, self.artifact.geometry, self.artifact.plan()
+        if budget is None:
+            return 0.0
+        parts = sum(own_part_bytes(head, geometry.layers[i].head_dim) for i, heads in plan.items() for head in heads)
+        codes = sum(head.bytes_per_token for heads in plan.values() for head in heads)
+        left = budget * geometry.dense_bytes_per_token() - codes
+        return parts / left if left > 0 else math.inf if parts else 0.0
+
     def _prepare(self, index: int, device: torch.device, dtype: torch.dtype) -> PreparedLayer:
         artifact = self.artifact
         geometry = artifact.geometry.layers[index]
         own = self.shard.heads(geometry.kv_heads)
-        ranks = tuple(artifact.ranks()[index][own])
-        kinds = {}
+        plan = tuple(artifact.plan()[index][own])
+        made: dict[str, list[SideBasis]] = {}
         for kind in artifact.method.kinds:
-            prefix = f"layers.{index}.{kind}.key"
-            encode = artifact.tensors[f"{prefix}_encode"][own].double()
-            # made here, not stored: exactly the inverse of what was stored (DESIGN.md §5)
-            decode = torch.linalg.inv(encode).mT
-            spectrum = artifact.tensors[f"{prefix}_spectrum"][own].float()
-            scale = balance(spectrum)
-            balanced = decode / scale.unsqueeze(-2)
-            parts = [balanced[h, :, :rank].reshape(-1) for h, rank in enumerate(ranks)]
-            sizes = [part.numel() for part in parts]
-            kinds[kind] = KindBasis(
-                kind=kind,
-                encode=encode.to(device, torch.float32),
-                decode=decode.to(device, torch.float32),
-                spectrum=spectrum.to(device),
-                mean=artifact.tensors[f"{prefix}_mean"][own].to(device, torch.float32),
-                scale=scale.to(device, torch.float32),
-                shared=torch.cat(parts).to(device, dtype),
-                offsets=np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64),
-            )
+            for side in SIDES:
+                number = sum(len(sides) for sides in made.values())
+                slabs = tuple(getattr(head, side) for head in plan)
+                made.setdefault(kind, []).append(_side(artifact, f"layers.{index}.{kind}.{side}", own, slabs, number, device))
+        sides = [side for pair in made.values() for side in pair]
         local = replace(geometry, query_heads=geometry.query_heads // self.shard.size, kv_heads=geometry.kv_heads // self.shard.size)
-        return PreparedLayer(local, ranks, kinds, artifact.method)
+        return PreparedLayer(
+            geometry=local,
+            plan=plan,
+            kinds={kind: KindBasis(*pair) for kind, pair in made.items()},
+            method=artifact.method,
+            bases=torch.cat([side.decode.reshape(-1) for side in sides]).to(dtype),
+            means=torch.cat([side.mean.reshape(-1) for side in sides]),
+            tokens_per_own=self.tokens_per_own,
+        )
+
+
+def _side(artifact: Artifact, prefix: str, own: slice, slabs: tuple[Slabs, ...], number: int, device: torch.device) -> SideBasis:
+    encode = artifact.tensors[f"{prefix}_encode"][own].double()
+    # made here, not stored: exactly the inverse of what was stored (DESIGN.md §5)
+    decode = torch.linalg.inv(encode).mT
+    spectrum = artifact.tensors[f"{prefix}_spectrum"][own].double().cpu()
+    scale = balance(spectrum.to(encode.device))
+    expected = expected_errors(spectrum, slabs)
+    scales = {bits: calibrated_scales(spectrum.to(encode.device), scale, bits).to(device) for bits in (8, 4)}
+    return SideBasis(
+        encode=(encode * scale.unsqueeze(-2)).to(device, torch.float32),
+        decode=(decode / scale.unsqueeze(-2)).to(device, torch.float32),
+        spectrum=spectrum,
+        mean=artifact.tensors[f"{prefix}_mean"][own].to(device, torch.float32),
+        balance=scale.to(device, torch.float32),
+        slabs=slabs,
+        scales=scales,
+        plan_scales=merged_scales(scales, slabs),
+        expected=tuple(expected.tolist()),
+        number=number,
+    )

@@ -1,99 +1,205 @@
-"""What one cache layer has stored: pools of codes and Values, the table of segments, and beside them the raw text window."""
+"""What one cache layer has stored: a pool of codes, the table of segments, and beside them the raw text window."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.codes import pack, pool_elements, unpack
+from ..kernels.codes import native_view, pack, padded
+from ..kernels.slabs import NATIVE_BYTES, Slabs
 from ..kernels.table import (
-    BASIS_OFFSET,
-    BASIS_STRIDE,
-    BLOCK,
+    BASIS,
     FIELDS,
-    KEY_OFFSET,
+    KEY,
     KIND,
     LENGTH,
-    MEAN_OFFSET,
-    RANK,
-    VALUE_OFFSET,
+    MEAN,
+    NATIVE,
+    NONE,
+    OFFSET,
+    OWN_MEAN,
+    SCALES,
+    STRIDE,
+    VALUE,
     CacheView,
     Kind,
+    own_basis,
     plan_splits,
     programs_for,
 )
-from .merging import compact, entry_slices, merge_text
-from .online import HeadCode
-from .prepared import KindBasis
+from .encode import Coordinates, Given
+from .merging import compact, merge_text
+from .monitor import Monitor
+from .prepared import PreparedLayer, SideBasis
 from .window import Window
+
+SIDES = (KEY, VALUE)
+SIDE_FIELDS = VALUE - KEY
 
 
 class Store:
-    """Segments and window of one layer for B sequences. Grows by whole segments; nothing in the pools ever moves but by merging.py.
+    """Segments and window of one layer for B sequences. Grows by whole segments; nothing in the pool ever moves but by merging.py.
 
     Args:
         batch, heads, dim: B, Hkv, D.
         dtype, device: of the Keys that are stored.
+        prepared: the layer's shared bases and means.
     """
 
-    def __init__(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.heads, self.dim, self.dtype, self.device = heads, dim, dtype, device
-        self.keys, self.values = self._empty(0), self._empty(0)
-        self.means = torch.empty(0, dtype=torch.float32, device=device)
-        self.bases = self._empty(0)
-        self.owns_bases = False  # until then `bases` is the artifact's tensor, shared by all caches
+    def __init__(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, prepared: PreparedLayer) -> None:
+        self.heads, self.dim, self.dtype, self.device, self.prepared = heads, dim, dtype, device, prepared
+        self.codes = torch.empty(0, dtype=torch.uint8, device=device)
+        self.scales = torch.empty(0, dtype=torch.bfloat16, device=device)
+        self.own_means = torch.empty(0, dtype=torch.float16, device=device)
+        self.own_bases = torch.empty(0, dtype=dtype, device=device)
         self.table = np.zeros((batch, heads, 0, FIELDS), dtype=np.int64)
+        self.ids = np.zeros((batch, 0), dtype=np.int64)  # per place of the table which segment it is, 0 for none; beams share segments
         self.table_on_device: Tensor | None = None
-        self.fallback = np.zeros((batch, heads), dtype=np.int64)  # segments that needed more than the plan
+        self.monitor = Monitor.of(batch, heads)
+        self.budgeted = np.zeros((batch, 2), dtype=np.int64)  # per row: coded tokens, and segments with own means and scales
         self.held: list[list[int]] = [[] for _ in range(batch)]  # per row the table places of an image that is not complete yet, raw
         self.window = Window(batch, heads, dim, dtype, device)
-        self._places: dict[str, int] = {}  # token kind -> start of its calibrated basis in `bases`
-        self._mean_places: dict[str, int] = {}  # likewise for calibrated means
-        self._pending: list[tuple[list[Tensor], list[Tensor]]] = []
+        self.written_in: Callable[[], list[np.ndarray]] = list  # fields of `place` that more segments are to be written with
+        self.first: dict[tuple[int, str], list[np.ndarray]] = {}  # (row, token kind) -> fields of the first segment with its own parts
+        self.calibrated: dict[int, int] = {}  # `SideBasis.number` -> start of its calibrated scales, once they are needed
+        self._last_id = 0
+        self._pending: list[Tensor] = []
+        self._end = 0  # bytes of the pool with what is pending
         self._released = False  # pool ranges lost their owner since the last flush
         self._view: CacheView | None = None
-
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     @property
     def batch(self) -> int:
         return self.table.shape[0]
 
+    def own_parts(self, row: int, tokens: int) -> bool:
+        """Whether the next segment of a row, of so many tokens, may have its own mean and scales; it is counted.
+
+        A budget has room for one set of them in so many tokens (`PreparedLayer.tokens_per_own`); the first segment always gets one,
+        because a budget is promised from 512 tokens on.
+        """
+        self.budgeted[row, 0] += tokens
+        seen, had = self.budgeted[row]
+        may = bool(had == 0 or (had + 1) * self.prepared.tokens_per_own <= seen)
+        self.budgeted[row, 1] += may
+        return may
+
+    def given(self, row: int, kind: str, slabs: Sequence[tuple[Slabs, ...]]) -> list[Given | None]:
+        """Mean and scales of a row's first segment of a kind, for Keys and Values; None where it was not coded as planned."""
+        if (row, kind) not in self.first:
+            return [None, None]
+        found: list[Given | None] = []
+        for fields, plan in zip(self.first[row, kind], slabs, strict=True):
+            if (fields[:, NATIVE:BASIS] != np.array(plan)).any() or (fields[:, BASIS] < NONE).any():
+                found.append(None)
+                continue
+            own_mean = torch.zeros(self.heads, self.dim, dtype=torch.float16, device=self.device)
+            scales = torch.ones(self.heads, self.dim, dtype=torch.bfloat16, device=self.device)
+            for h, (side, one) in enumerate(zip(fields, plan, strict=True)):
+                if side[OWN_MEAN] != NONE:
+                    own_mean[h] = self.own_means[side[OWN_MEAN] : side[OWN_MEAN] + self.dim]
+                    scales[h, one.native : one.rank] = self.scales[side[SCALES] : side[SCALES] + one.scaled]
+            found.append(Given(own_mean, scales, fields))
+        return found
+
     # -- segments -------------------------------------------------------------------------------------------------------------
 
-    def add_coded(self, row: int, keys: Tensor, values: Tensor, mean: Tensor, codes: list[HeadCode], basis: KindBasis) -> int:
-        """Store one coded segment of one row: keys fp32 [Hkv, S, D], values [Hkv, S, D], mean fp32 [Hkv, D]. Returns its place."""
-        centred = keys - mean.unsqueeze(1)
-        packed = [(centred[h] @ code.encode).to(self.dtype) for h, code in enumerate(codes)]
-        entry = np.zeros((self.heads, FIELDS), dtype=np.int64)
-        entry[:, KIND], entry[:, LENGTH] = int(Kind.CODED), keys.shape[1]
-        entry[:, RANK] = entry[:, BASIS_STRIDE] = [code.rank for code in codes]
-        entry[:, MEAN_OFFSET] = self.means.numel() + np.arange(self.heads) * self.dim
-        self.means = torch.cat([self.means, mean.reshape(-1)])
-        entry[:, BASIS_OFFSET] = self._place_bases(codes, basis)
-        self.fallback[row] += [code.fallback for code in codes]
-        return self._add(row, entry, packed, values)
+    def place(self, where: Coordinates, basis: SideBasis, scales: Tensor) -> np.ndarray:
+        """Store what one side's coordinates need; the side's fields [Hkv, SIDE_FIELDS], good for every segment written in them.
 
-    def add_shared(self, row: int, keys: Tensor, values: Tensor, basis: KindBasis, ranks: tuple[int, ...]) -> None:
-        """As `add_coded` with the calibrated mean and basis, so that later blocks can be merged into one segment."""
-        centred = keys - basis.mean.unsqueeze(1)
-        packed = [(centred[h] @ (basis.encode[h, :, :rank] * basis.scale[h, :rank])).to(self.dtype) for h, rank in enumerate(ranks)]
-        entry = np.zeros((self.heads, FIELDS), dtype=np.int64)
-        entry[:, KIND], entry[:, LENGTH] = int(Kind.CODED), keys.shape[1]
-        entry[:, RANK] = entry[:, BASIS_STRIDE] = ranks
-        entry[:, MEAN_OFFSET] = self._calibrated_means(basis) + np.arange(self.heads) * self.dim
-        entry[:, BASIS_OFFSET] = self._shared_offset(basis) + basis.offsets
-        self._add(row, entry, packed, values)
+        Args:
+            scales: bf16 [Hkv, D] as `encode.write` gave them.
+        """
+        fields = np.full((self.heads, SIDE_FIELDS), NONE, dtype=np.int64)
+        fields[:, NATIVE:BASIS] = where.slabs
+        fields[:, OFFSET] = fields[:, STRIDE] = fields[:, SCALES] = 0
+        coded = [h for h, slabs in enumerate(where.slabs) if slabs.native != self.dim]
+        if not coded:
+            return fields
+        shared = (basis.number * self.heads + np.array(coded)) * self.dim
+        fields[coded, BASIS], fields[coded, STRIDE], fields[coded, MEAN] = shared * self.dim, self.dim, shared
+        for h, decode in where.own.items():
+            fields[h, BASIS], fields[h, STRIDE] = own_basis(self._append("own_bases", decode)), where.slabs[h].rank
+        if where.given is not None:
+            fields[coded, OWN_MEAN], fields[coded, SCALES] = where.given.fields[coded, OWN_MEAN], where.given.fields[coded, SCALES]
+            return fields
+        if where.own_mean is not None:
+            means = where.own_mean if len(coded) == self.heads else where.own_mean[coded]
+            fields[coded, OWN_MEAN] = self._append("own_means", means) + np.arange(len(coded)) * self.dim
+        scaled = [h for h in coded if where.slabs[h].scaled]
+        firsts = [where.slabs[h].native for h in scaled]
+        if scaled and where.calibrated_scales:
+            fields[scaled, SCALES] = self._shared_scales(basis, scales) + np.array(scaled) * self.dim + firsts
+        elif scaled:
+            parts = [scales[h, first : where.slabs[h].rank] for h, first in zip(scaled, firsts, strict=True)]
+            sizes = np.cumsum([0, *(part.numel() for part in parts[:-1])])
+            fields[scaled, SCALES] = self._append("scales", torch.cat(parts)) + sizes
+        return fields
 
-    def add_dense(self, row: int, keys: Tensor, values: Tensor) -> int:
-        """Store raw tokens [Hkv, S, D] as a dense segment of one row. Returns its place in the table."""
+    def add_coded(self, row: int, length: int, sides: list[tuple[np.ndarray, list[Tensor]]]) -> int:
+        """Store one coded segment of a row: for Keys and Values the fields of `place` and the codes of `encode.write`. Its table place."""
+        entry = self._entry(Kind.CODED, length)
+        for start, (fields, codes) in zip(SIDES, sides, strict=True):
+            entry[:, start : start + SIDE_FIELDS] = fields
+            entry[:, start + OFFSET] = self._put(codes)
+        return self._place(row, entry)
+
+    def add_dense(self, row: int, keys: Tensor, values: Tensor, kind: Kind = Kind.DENSE) -> int:
+        """Store raw tokens [Hkv, S, D] as a segment of one row; escape tokens are of kind CODED. Returns its place in the table."""
+        entry = self._entry(kind, keys.shape[1])
+        raw = Slabs(self.dim)
+        for start, x in zip(SIDES, (keys, values), strict=True):
+            entry[:, start + NATIVE] = self.dim
+            entry[:, [start + BASIS, start + MEAN, start + OWN_MEAN]] = NONE
+            entry[:, start + OFFSET] = self._put(list(pack(x, self.scales, raw, self.dtype)))
+        return self._place(row, entry)
+
+    def _entry(self, kind: Kind, length: int) -> np.ndarray:
         entry = np.zeros((self.heads, FIELDS), dtype=np.int64)
-        entry[:, KIND], entry[:, LENGTH] = int(Kind.DENSE), keys.shape[1]
-        return self._add(row, entry, list(keys.to(self.dtype)), values)
+        entry[:, KIND], entry[:, LENGTH] = int(kind), length
+        return entry
+
+    def _put(self, codes: list[Tensor]) -> np.ndarray:
+        """Queue every head's codes for the pool; their offsets [Hkv]."""
+        sizes = [part.numel() for part in codes]
+        offsets = self._end + np.cumsum([0, *sizes[:-1]])
+        self._pending += codes
+        self._end += sum(sizes)
+        return offsets
+
+    def _append(self, pool: str, part: Tensor) -> int:
+        """Add numbers to a pool of parts; where they start, a multiple of 8."""
+        old: Tensor = getattr(self, pool)
+        setattr(self, pool, torch.cat([old, part.reshape(-1).to(old.dtype)]))
+        return old.numel()
+
+    def _shared_scales(self, basis: SideBasis, scales: Tensor) -> int:
+        if basis.number not in self.calibrated:
+            self.calibrated[basis.number] = self._append("scales", scales)
+        return self.calibrated[basis.number]
+
+    def new_id(self) -> int:
+        """A number for one more segment."""
+        self._last_id += 1
+        return self._last_id
+
+    def _place(self, row: int, entry: np.ndarray, segment: int | None = None) -> int:
+        free = np.flatnonzero(self.ids[row] == 0)
+        if not free.size:
+            self.table = np.concatenate([self.table, np.zeros_like(self.table, shape=(self.batch, self.heads, 1, FIELDS))], axis=2)
+            self.ids = np.concatenate([self.ids, np.zeros_like(self.ids, shape=(self.batch, 1))], axis=1)
+            free = np.array([self.ids.shape[1] - 1])
+        self.table[row, :, free[0]] = entry
+        self.ids[row, free[0]] = self.new_id() if segment is None else segment
+        return int(free[0])
+
+    def clear(self, row: int, places: list[int] | int) -> None:
+        """Empty places of a row's table."""
+        self.table[row, :, places] = 0
+        self.ids[row, places] = 0
 
     def hold(self, row: int, keys: Tensor, values: Tensor) -> None:
         """Store a piece [Hkv, S, D] of an image that is not complete yet, raw."""
@@ -101,121 +207,63 @@ class Store:
 
     def held_key(self, row: int) -> tuple[int, ...]:
         """Identifies what a row holds; rows that share it (beams) have the same. Empty if it holds nothing."""
-        return tuple(int(self.table[row, 0, place, VALUE_OFFSET]) for place in self.held[row])
+        return tuple(self.ids[row, self.held[row]].tolist())
 
     def take_held(self, row: int) -> tuple[Tensor, Tensor]:
         """Keys and Values [Hkv, S, D] of the pieces a row holds, in order; they are gone from the row afterwards."""
-        parts = []
-        for place in self.held[row]:
-            heads = []
-            for entry in self.table[row, :, place]:
-                length, (key, value) = int(entry[LENGTH]), entry_slices(entry, self.dim)
-                heads.append((unpack(self.keys[key], length, self.dim), unpack(self.values[value], length, self.dim)))
-            parts.append([torch.stack(side) for side in zip(*heads, strict=True)])
-        keys, values = (torch.cat(side, 1) for side in zip(*parts, strict=True))
+        sides = []
+        for side in SIDES:
+            pieces = [
+                torch.stack([native_view(self.codes[int(e[side + OFFSET]) :], int(e[LENGTH]), self.dim, self.dtype) for e in entries])
+                for entries in (self.table[row, :, place] for place in self.held[row])
+            ]
+            sides.append(torch.cat(pieces, 1))
         self.drop_held(row)
-        return keys, values
+        return sides[0], sides[1]
 
     def drop_held(self, row: int) -> None:
         """Forget the pieces a row holds."""
-        self.table[row, :, self.held[row]] = 0
+        self.clear(row, self.held[row])
         self.held[row] = []
         self._released = True
 
     def share(self, row: int, owner: int, place: int) -> None:
         """Give a row a segment of another one; both name the same pool ranges from now on."""
-        self._place(row, self.table[owner, :, place].copy())
-
-    def _add(self, row: int, entry: np.ndarray, keys: list[Tensor], values: Tensor) -> int:
-        key_start = self.keys.numel() + sum(part.numel() for parts, _ in self._pending for part in parts)
-        value_start = self.values.numel() + sum(part.numel() for _, parts in self._pending for part in parts)
-        key_parts, value_parts = [pack(k) for k in keys], [pack(v.to(self.dtype)) for v in values]
-        entry[:, KEY_OFFSET] = key_start + np.cumsum([0, *(part.numel() for part in key_parts[:-1])])
-        entry[:, VALUE_OFFSET] = value_start + np.cumsum([0, *(part.numel() for part in value_parts[:-1])])
-        self._pending.append((key_parts, value_parts))
-        return self._place(row, entry)
-
-    def _place(self, row: int, entry: np.ndarray) -> int:
-        free = np.flatnonzero(self.table[row, 0, :, KIND] == Kind.EMPTY)
-        if not free.size:
-            self.table = np.concatenate([self.table, np.zeros_like(self.table, shape=(self.batch, self.heads, 1, FIELDS))], axis=2)
-            free = np.array([self.table.shape[2] - 1])
-        self.table[row, :, free[0]] = entry
-        return int(free[0])
+        self._place(row, self.table[owner, :, place].copy(), int(self.ids[owner, place]))
 
     def flush(self) -> None:
-        """Move added segments into the pools; call once after a batch of `add_*`."""
+        """Move added segments into the pool; call once after a batch of `add_*`."""
         changed = bool(self._pending) or self._released
         if self._pending:
-            keys = [self.keys, *(part for parts, _ in self._pending for part in parts)]
-            values = [self.values, *(part for _, parts in self._pending for part in parts)]
+            self.codes = torch.cat([self.codes, *self._pending])
             self._pending.clear()
-            self.set_pools(keys, values)
-            del keys, values
         if self._released:
             self._released = False
             compact(self)
         if changed:
             merge_text(self)
+        self._end = self.codes.numel()
         self.table_on_device = None
         self._view = None
-
-    def _place_bases(self, codes: list[HeadCode], basis: KindBasis) -> np.ndarray:
-        """Offsets of every head's decode matrix; own ones are appended, which makes the pool the cache's own."""
-        offsets = self._shared_offset(basis) + basis.offsets
-        own = [code.own for code in codes]
-        if any(part is not None for part in own):
-            if not self.owns_bases:
-                self.bases, self.owns_bases = self.bases.clone(), True
-            start = self.bases.numel()
-            parts = []
-            for h, part in enumerate(own):
-                if part is not None:
-                    offsets[h] = start
-                    parts.append(part.reshape(-1).to(self.dtype))
-                    start += part.numel()
-            self.bases = torch.cat([self.bases, *parts])
-        return offsets
-
-    def _shared_offset(self, basis: KindBasis) -> int:
-        """Where this calibrated basis starts in `bases`; brought in at its first use."""
-        if basis.kind not in self._places:
-            self._places[basis.kind] = self.bases.numel()
-            if self.bases.numel() == 0:
-                self.bases = basis.shared
-            else:
-                self.bases, self.owns_bases = torch.cat([self.bases, basis.shared]), True
-        return self._places[basis.kind]
-
-    def _calibrated_means(self, basis: KindBasis) -> int:
-        if basis.kind not in self._mean_places:
-            self._mean_places[basis.kind] = self.means.numel()
-            self.means = torch.cat([self.means, basis.mean.reshape(-1)])
-        return self._mean_places[basis.kind]
-
-    def set_pools(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        """Make the pools of these parts. Both lie in one storage: allocators round each storage up, by as much as 1 MB on a GPU."""
-        sizes = [sum(part.numel() for part in parts) for parts in (keys, values)]
-        self.keys, self.values = torch.cat([*keys, *values, self._empty(0)]).split(sizes)
 
     # -- rows -----------------------------------------------------------------------------------------------------------------
 
     def select_rows(self, rows: Iterable[int]) -> None:
         """Keep these rows, in this order, repeats allowed (beams): segments stay shared, the window is copied."""
         order = np.asarray(list(rows), dtype=np.int64)
-        gone = self._owned(self.table) - self._owned(self.table[order])
-        self.table, self.fallback = self.table[order], self.fallback[order]
+        gone = set(self.ids.reshape(-1).tolist()) - set(self.ids[order].reshape(-1).tolist())
+        self.table, self.ids = self.table[order], self.ids[order]
+        self.budgeted = self.budgeted[order]
+        self.monitor.select_rows(order.tolist())
+        kept = {(new, kind): value for new, old in enumerate(order.tolist()) for (row, kind), value in self.first.items() if row == old}
+        self.first = {place: [fields.copy() for fields in value] for place, value in kept.items()}
         self.held = [list(self.held[row]) for row in order]
         self.window.select_rows(order)
         if gone:  # what only dropped rows had would stay in memory, and in the count of bytes
             compact(self)
+            self._end = self.codes.numel()
         self.table_on_device = None
         self._view = None
-
-    @staticmethod
-    def _owned(table: np.ndarray) -> set[int]:
-        """Pool ranges that a table's rows name, by where their Values begin."""
-        return set(table[:, 0, :, VALUE_OFFSET][table[:, 0, :, KIND] != Kind.EMPTY].tolist())
 
     # -- reading --------------------------------------------------------------------------------------------------------------
 
@@ -240,10 +288,12 @@ class Store:
                 )
             self._view = CacheView(
                 table=self.table_on_device,
-                keys=self.keys,
-                values=self.values,
-                bases=self.bases,
-                means=self.means,
+                codes=self.codes,
+                bases=self.prepared.bases,
+                own_bases=self.own_bases,
+                scales=self.scales,
+                means=self.prepared.means,
+                own_means=self.own_means,
                 window_keys=window.keys,
                 window_values=window.values,
                 window_lengths=window.lengths,
@@ -252,39 +302,46 @@ class Store:
         return self._view
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor this store keeps alive for its sequences; the artifact's shared bases are not among them."""
+        """Every tensor this store keeps alive for its sequences; the artifact's bases and means are not among them."""
         kept = {
-            "keys": self.keys,
-            "values": self.values,
-            "means": self.means,
+            "codes": self.codes,
+            "scales": self.scales,
+            "own_means": self.own_means,
+            "own_bases": self.own_bases,
             "window_keys": self.window.keys,
             "window_values": self.window.values,
             "window_lengths": self.window.lengths,
         }
-        if self.owns_bases:
-            kept["bases"] = self.bases
         if self.table_on_device is not None:
             kept["table"] = self.table_on_device
         if self._view is not None and self._view.splits is not None:
             kept["splits"], kept["ranges"] = self._view.splits.records, self._view.splits.ranges
         return kept
 
-    def _regions(self) -> Iterator[np.ndarray]:
-        """Table entries, one per pool region: beams that share a segment count it once."""
-        seen = set()
-        for entry in self.table.reshape(-1, FIELDS):
-            if entry[KIND] != Kind.EMPTY and (place := int(entry[VALUE_OFFSET])) not in seen:
-                seen.add(place)
-                yield entry
+    def segments(self) -> Iterator[np.ndarray]:
+        """Table entries [Hkv, FIELDS] of every segment; one that beams share comes once."""
+        numbers, first = np.unique(self.ids, return_index=True)
+        for number, at in zip(numbers, first, strict=True):
+            if number:
+                row, place = np.unravel_index(at, self.ids.shape)
+                yield self.table[row, :, place]
 
-    def slack_elements(self) -> int:
-        """Stored numbers that belong to no token: block padding of the pools."""
-        return sum((-int(e[LENGTH]) % BLOCK) * ((int(e[RANK]) if e[KIND] == Kind.CODED else self.dim) + self.dim) for e in self._regions())
-
-    def dense_text_elements(self) -> int:
-        """Pool numbers of raw (dense) segments, padding included."""
-        return sum(2 * pool_elements(int(e[LENGTH]), self.dim) for e in self._regions() if e[KIND] == Kind.DENSE)
+    def code_bytes(self, kind: Kind) -> tuple[int, int]:
+        """Bytes of the codes of all segments of a kind, native numbers at 2 bytes, and those among them that belong to no token."""
+        total = slack = 0
+        for heads in self.segments():
+            for entry in heads[heads[:, KIND] == kind]:
+                width = sum(side_slabs(entry, side).bytes_per_token(NATIVE_BYTES) for side in SIDES)
+                length = int(entry[LENGTH])
+                total += padded(length) * width
+                slack += (padded(length) - length) * width
+        return total, slack
 
     def coded_tokens(self) -> int:
         """Tokens of coded segments over all rows, shared ones counted once."""
-        return sum(int(e[LENGTH]) for e in self._regions() if e[KIND] == Kind.CODED) // self.heads
+        return sum(int(heads[heads[:, KIND] == Kind.CODED, LENGTH].sum()) for heads in self.segments()) // self.heads
+
+
+def side_slabs(entry: np.ndarray, side: int) -> Slabs:
+    """Slabs of the Keys or Values of a table entry."""
+    return Slabs(*entry[side + NATIVE : side + BASIS].tolist())

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from ...kernels.slabs import UNIT
 from ..coder import NATIVE_BYTES, CodedSegment
-from ..online import RANK_STEP, code_segment_as_published
+from ..online import published_basis
 from .base import RivalCoder
 
 
@@ -28,13 +28,14 @@ class PaperCoder(RivalCoder):
 
     def rank(self, dim: int) -> int:
         """Directions kept of D: whole steps of 8, at least one."""
-        return max(RANK_STEP, int(self.keep_ratio * dim + 1e-6) // RANK_STEP * RANK_STEP)
+        return max(UNIT, int(self.keep_ratio * dim + 1e-6) // UNIT * UNIT)
 
     def code(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> CodedSegment:
         exact = keys.float()
-        mean, heads = code_segment_as_published(exact, queries.float(), (self.rank(keys.shape[-1]),) * keys.shape[0])
-        basis = torch.stack([head.encode for head in heads])  # [H, D, R], orthonormal columns
-        codes = (exact - mean.unsqueeze(1)) @ basis
+        mean = exact.mean(1)
+        centred = exact - mean.unsqueeze(1)
+        basis = published_basis(centred, queries.float())[..., : self.rank(keys.shape[-1])]  # [H, D, R]
+        codes = centred @ basis
         parts = {"keys": codes.to(keys.dtype), "basis": basis.to(keys.dtype), "mean": mean, "values": values}
         return CodedSegment(keys.shape[1], parts, frozenset({"keys", "basis", "values"}), _rebuild)
 

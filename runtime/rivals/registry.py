@@ -13,8 +13,8 @@ from typing import Any
 
 from ...errors import UsageError
 from ...geometry import Geometry
+from ...kernels.slabs import UNIT
 from ..coder import Coder
-from ..online import RANK_STEP
 from .base import require_head_dim
 from .fp8 import Fp8Coder
 from .hadamard import HadamardCoder
@@ -155,7 +155,7 @@ def _channel_ratios(geometry: Geometry) -> Sequence[float]:
 
 def _rank_ratios(geometry: Geometry) -> Sequence[float]:
     dim = _widest(geometry)
-    return [n / dim for n in range(RANK_STEP, dim + 1, RANK_STEP)]
+    return [n / dim for n in range(UNIT, dim + 1, UNIT)]
 
 
 def _pairs(geometry: Geometry) -> int:

@@ -10,15 +10,17 @@ import sys
 
 import torch
 
-from kernel_caches import brute_force, random_cache, random_layout, relative_error
+from kernel_caches import EMPTY, Coded, Segment, brute_force, random_cache, random_layout, relative_error
 from rotatek_compile.kernels import decode
 from rotatek_compile.kernels.decode_torch import decode_attention_torch
+from rotatek_compile.kernels.table import plan_splits
 
 SMALL = decode.Config(32, 2, 32, 2)
 
 
-def coded(*ranks, length=70):
-    return [[[("coded", length, rank)] for rank in ranks]]
+def pairs(*sides, length=70):
+    """One sequence, one segment per head, its Keys and Values as given, or the same twice."""
+    return [[[Segment(length + h, *(side if isinstance(side, list) else (side, side)))] for h, side in enumerate(sides)]]
 
 
 def run(layout, windows, dim, group, new, dtype, *, capacity=72, min_tokens=64, tiles=None, two_part=False, full_bases=False):
@@ -35,10 +37,9 @@ def ragged(seed, batch, heads, dim, longest=150):
 
 def shared_offsets():
     """Two rows, as two beams, of which the second reads the first one's segments and has its own window."""
-    cache = random_cache(ragged(5, 2, 1, 64), [9, 30], 64, 40, torch.float16, num_programs=6)
+    layout = [[[Segment(77, Coded(8, 8, 16), Coded(0, 24, 16)), Segment(30), Segment(9, Coded(), None)]], [[Segment(5)]]]
+    cache = random_cache(layout, [9, 30], 64, 40, torch.float16, num_programs=6)
     table = cache.view.table[:1].expand(2, -1, -1, -1).contiguous()
-    from rotatek_compile.kernels.table import plan_splits
-
     view = dataclasses.replace(cache.view, table=table, splits=plan_splits(table, window_capacity=40, head_dim=64, num_programs=6))
     cache.pieces[1] = cache.pieces[0]
     q = torch.randn(2, 4, 1, 64).half()
@@ -47,7 +48,8 @@ def shared_offsets():
 
 def growing_window():
     """One plan serves every window length up to the capacity, none at all included."""
-    cache = random_cache([[[("coded", 40, 24)]], [[("empty", 0, 0)]]], [130, 130], 64, 130, torch.float32, min_tokens=64, num_programs=64)
+    layout = [[[Segment(40, Coded(0, 8, 16), Coded(8, 0, 16))]], [[EMPTY]]]
+    cache = random_cache(layout, [130, 130], 64, 130, torch.float32, min_tokens=64, num_programs=64)
     q = torch.randn(2, 2, 1, 64)
     worst = 0.0
     for length in (0, 1, 64, 65, 130):
@@ -57,22 +59,42 @@ def growing_window():
     return worst
 
 
+def missing_means():
+    """Shared and own means, either, both or none on either side."""
+    kept = [Coded(0, 8, 16, shared, own) for shared in (False, True) for own in (False, True)]
+    return run([[[Segment(33, key, kept[3 - i])] for i, key in enumerate(kept)]], [4], 64, 2, 1, f32)
+
+
 f16, f32, bf16 = torch.float16, torch.float32, torch.bfloat16
+NATIVE = [[Coded(rank), None] for rank in (0, 8, 24, 40, 128)]  # Keys alone, in native numbers
+BYTES = [Coded(0, 8), Coded(0, 24), Coded(0, 128)]
+NIBBLES = [Coded(0, 0, 16), Coded(0, 0, 48), Coded(0, 0, 128)]
+ALL = [Coded(16, 8, 16), Coded(8, 24, 32, own_basis=True), Coded(0, 32, 64), Coded(24, 0, 48)]
 CASES = {  # name: (what to run, largest error)
-    "ranks-0-8-24-40-128": (lambda: run(coded(0, 8, 24, 40, 128), [3], 128, 4, 1, f16), 2e-3),
-    "ranks-16-64-fp32": (lambda: run(coded(16, 64), [3], 64, 1, 1, f32, full_bases=True), 1e-5),
-    "only-rank-0": (lambda: run(coded(0, 0), [3], 64, 3, 1, f32), 1e-5),
-    "window-only": (lambda: run([[[("empty", 0, 0)]] * 2] * 2, [1, 70], 64, 4, 1, f16), 2e-3),
-    "no-window": (lambda: run(coded(24, 8), [0], 64, 4, 1, f16, capacity=0), 2e-3),
+    "native-keys-0-8-24-40-128": (lambda: run(pairs(*NATIVE), [3], 128, 4, 1, f16), 2e-3),
+    "native-16-64-fp32": (lambda: run(pairs(Coded(16), [Coded(64), Coded(8)]), [3], 64, 1, 1, f32, full_bases=True), 1e-5),
+    "bytes": (lambda: run(pairs(*BYTES), [3], 128, 4, 1, f32), 1e-5),
+    "nibbles": (lambda: run(pairs(*NIBBLES), [3], 128, 4, 1, f32, full_bases=True), 1e-5),
+    "nibbles-fp16": (lambda: run(pairs(*NIBBLES), [3], 128, 4, 1, f16), 2e-3),
+    "three-slabs": (lambda: run(pairs(*ALL), [3], 96, 2, 1, f32, two_part=True), 1e-5),
+    "three-slabs-bf16": (lambda: run(pairs(*ALL), [3], 128, 4, 1, bf16, two_part=True), 1e-2),
+    "rank-0-both": (lambda: run(pairs(Coded(), Coded()), [3], 64, 3, 1, f32), 1e-5),
+    "rank-0-either": (lambda: run(pairs([Coded(), Coded(0, 8, 16)], [Coded(8, 0, 16), Coded()]), [3], 64, 3, 1, f32), 1e-5),
+    "raw-keys-coded-values": (lambda: run(pairs(*([None, x] for x in ALL)), [3], 128, 2, 1, f32), 1e-5),
+    "coded-keys-raw-values": (lambda: run(pairs(*([x, None] for x in ALL)), [3], 96, 2, 1, f32), 1e-5),
+    "missing-means": (missing_means, 1e-5),
+    "window-only": (lambda: run([[[EMPTY]] * 2] * 2, [1, 70], 64, 4, 1, f16), 2e-3),
+    "no-window": (lambda: run(pairs(Coded(24), Coded(0, 8)), [0], 64, 4, 1, f16, capacity=0), 2e-3),
     "g1-d64": (lambda: run(ragged(0, 2, 2, 64), [5, 72], 64, 1, 1, f16, tiles=SMALL), 2e-3),
     "g3-d96-t3": (lambda: run(ragged(1, 2, 2, 96), [3, 60], 96, 3, 3, f16), 2e-3),
     "g4-d128": (lambda: run(ragged(2, 3, 1, 128), [1, 64, 65], 128, 4, 1, f32), 1e-5),
     "g7-d128-t3": (lambda: run(ragged(3, 2, 1, 128), [70, 3], 128, 7, 3, f16, full_bases=True), 2e-3),
     "g8-d64-t3": (lambda: run(ragged(4, 2, 1, 64), [4, 31], 64, 8, 3, f32, tiles=SMALL), 1e-5),
-    "g5-t12-64-rows": (lambda: run(coded(40, 16), [20], 64, 5, 12, f16), 2e-3),
+    "g5-t12-64-rows": (lambda: run(pairs(Coded(40), Coded(16)), [20], 64, 5, 12, f16), 2e-3),
+    "g5-t6-32-rows": (lambda: run(pairs(Coded(40), Coded(0, 0, 32)), [20], 64, 5, 6, f16), 2e-3),
     "bf16": (lambda: run(ragged(6, 2, 1, 64), [9, 50], 64, 4, 1, bf16), 1.5e-2),
     "bf16-two-part-query": (lambda: run(ragged(6, 2, 1, 64), [9, 50], 64, 4, 1, bf16, two_part=True), 1e-2),
-    "many-splits": (lambda: run(coded(24, 56, length=700), [9], 64, 4, 1, f16, min_tokens=64), 2e-3),
+    "many-splits": (lambda: run(pairs(*ALL[:2], length=699), [9], 64, 4, 1, f32, min_tokens=64), 1e-5),
     "shared-offsets": (shared_offsets, 2e-3),
     "growing-window": (growing_window, 1e-5),
 }

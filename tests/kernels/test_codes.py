@@ -1,108 +1,174 @@
-"""The pool layout: round trips at every rank, padding, refusals; and the cutting of segments into splits."""
+"""The codec: errors within what the scale implies, clipping, bytes and their order written out by hand, refusals."""
 
 import pytest
 import torch
 
-from rotatek_compile.kernels import codes, table
-from rotatek_compile.kernels.table import BLOCK, Kind
+from rotatek_compile.kernels import codes
+from rotatek_compile.kernels.slabs import Slabs, check_slabs
 
-LENGTHS = (0, 1, 63, 64, 65, 111, 200)
+LAYOUTS = [Slabs(*s) for s in [(0, 0, 0), (8, 0, 0), (0, 8, 0), (0, 0, 16), (8, 8, 16), (0, 16, 48), (24, 40, 64), (128, 0, 0)]]
+LENGTHS = (0, 1, 2, 63, 64, 111)
+TOP = {8: 127.0, 4: 7.5}
 
 
-@pytest.mark.parametrize("rank", range(0, 136, 8))
-def test_round_trip(rank):
+def numbers(length, rank, seed=0):
+    """Directions of very different size, as a rotated segment has."""
+    z = torch.randn(length, rank, generator=torch.Generator().manual_seed(seed))
+    return z * torch.logspace(2, -3, max(rank, 1))[:rank]
+
+
+def scales_of(z, slabs):
+    coded = z[:, slabs.native :]
+    parts = [codes.clipped_scales(x, bits) for x, bits in ((coded[:, : slabs.byte], 8), (coded[:, slabs.byte :], 4)) if x.shape[1]]
+    return torch.cat([torch.zeros(0, dtype=torch.bfloat16), *parts])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_error_is_half_a_step_unless_clipped(bits, seed):
+    z = numbers(777, 24, seed)
+    scale = codes.clipped_scales(z, bits).float()
+    error = (codes.rounded(z, scale, bits) - z).abs()
+    inside = z.abs() <= TOP[bits] * scale
+    assert inside.float().mean() > 0.95  # noise is hardly ever clipped
+    assert bool((error <= scale * 0.5001)[inside].all())
+    clipped = ~inside
+    assert torch.allclose(error[clipped], (z.abs() - TOP[bits] * scale)[clipped], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_levels_are_of_the_code(bits):
+    levels = codes.levels(numbers(500, 16), codes.clipped_scales(numbers(400, 16, 1), bits).float(), bits)
+    allowed = torch.arange(-127.0, 128.0) if bits == 8 else torch.arange(16) - 7.5
+    assert bool(torch.isin(levels, allowed).all())
+    if bits == 4:
+        assert set(levels.unique().tolist()) == set(allowed.tolist())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("outlier", [1.0, 10.0, 100.0])
+def test_clipping_is_never_worse_than_the_maximum(bits, outlier):
+    z = torch.randn(256, 8, generator=torch.Generator().manual_seed(3))
+    z[17] *= outlier
+    scale = codes.clipped_scales(z, bits).float()
+    by_maximum = (z.abs().amax(0) / TOP[bits]).bfloat16().float()
+    error, before = ((codes.rounded(z, s, bits) - z).square().sum(0) for s in (scale, by_maximum))
+    assert bool((error <= before).all())
+    if outlier > 5 and bits == 4:
+        assert error.sum() < 0.8 * before.sum()
+    assert bool((scale <= by_maximum).all())
+
+
+def test_scales_by_hand():
+    """Two values only: at 4 bits the maximum is the level 7.5, so nothing is lost without clipping."""
+    z = torch.tensor([[15.0], [-15.0], [15.0], [-15.0]])
+    assert codes.clipped_scales(z, 4).item() == 2.0
+    assert torch.equal(codes.rounded(z, torch.tensor([2.0]), 4), z)
+    assert codes.clipped_scales(z, 4).dtype == torch.bfloat16
+
+
+def test_zero_input_stays_finite():
+    z = torch.zeros(9, 16)
+    for bits in (8, 4):
+        scale = codes.clipped_scales(z, bits).float()
+        assert torch.equal(scale, torch.zeros(16))
+        assert torch.equal(codes.rounded(z, scale, bits), z)
+    flat = codes.pack(z, torch.zeros(16, dtype=torch.bfloat16), Slabs(0, 0, 16), torch.float32)
+    assert bool(torch.isfinite(codes.unpack(flat, 9, Slabs(0, 0, 16), torch.float32)).all())
+
+
+def test_one_zero_direction_among_others():
+    z = numbers(50, 16)
+    z[:, 5] = 0
+    scale = codes.clipped_scales(z, 4).float()
+    assert scale[5] == 0 and bool((scale[:5] > 0).all())
+    assert torch.equal(codes.rounded(z, scale, 4)[:, 5], torch.zeros(50))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("slabs", LAYOUTS, ids=str)
+def test_round_trip(slabs, dtype):
     for length in LENGTHS:
-        x = torch.randn(length, rank)
-        flat = codes.pack(x)
-        assert flat.numel() == codes.pool_elements(length, rank)
-        assert flat.numel() % (BLOCK * 8) == 0 or rank == 0
-        assert torch.equal(codes.unpack(flat, length, rank), x)
+        z = numbers(length, slabs.rank)
+        scales = scales_of(z, slabs) if length else torch.ones(slabs.scaled).bfloat16()
+        flat = codes.pack(z, scales, slabs, dtype)
+        assert flat.dtype == torch.uint8 and flat.shape == (codes.pool_bytes(length, slabs, dtype.itemsize),)
+        assert flat.numel() % 16 == 0
+        levels = codes.unpack(torch.cat([flat, torch.full((7,), 99, dtype=torch.uint8)]), length, slabs, dtype)
+        assert levels.shape == (length, slabs.rank)
+        native, byte, nibble = levels.split(slabs, 1)
+        assert torch.equal(native, z[:, : slabs.native].to(dtype).to(native.dtype))
+        for part, bits, start in ((byte, 8, slabs.native), (nibble, 4, slabs.native + slabs.byte)):
+            first = start - slabs.native
+            scale = scales[first : first + part.shape[1]].float()
+            assert torch.equal(part.float() * scale, codes.rounded(z[:, start : start + part.shape[1]], scale, bits))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_segments_do_not_touch_each_other(dtype):
-    segments = [(65, 24), (1, 8), (64, 0), (130, 40), (63, 128)]
-    pool, offsets = codes.new_pool(segments, dtype, "cpu")
-    pool.fill_(float("nan"))
-    written = [torch.randn(length, rank).to(dtype) for length, rank in segments]
-    ends = [codes.pack_into(pool, offset, x) for offset, x in zip(offsets, written, strict=True)]
-    assert ends == [*offsets[1:], pool.numel()]
-    for (length, rank), offset, x in zip(segments, offsets, written, strict=True):
-        assert torch.equal(codes.unpack_from(pool, offset, length, rank), x)
-    assert int(pool.isnan().sum()) == pool.numel() - sum(x.numel() for x in written)
+@pytest.mark.parametrize(
+    ("length", "slabs", "itemsize", "expected"),
+    [
+        (1, Slabs(0, 8, 0), 2, 16),  # one token is stored as two
+        (5, Slabs(8, 8, 16), 2, 6 * (16 + 8 + 8)),
+        (64, Slabs(0, 32, 64), 2, 64 * 64),
+        (65, Slabs(0, 32, 64), 2, 66 * 64),
+        (7, Slabs(24, 0, 48), 4, 8 * (96 + 24)),
+        (1000, Slabs(), 2, 0),
+        (0, Slabs(8, 8, 16), 2, 0),
+    ],
+)
+def test_bytes_by_hand(length, slabs, itemsize, expected):
+    assert codes.pool_bytes(length, slabs, itemsize) == expected
 
 
-def test_blocks_stand_alone():
-    """A later block is where the plan of splits expects it, so that a split may start there."""
-    x = torch.randn(150, 24)
-    flat = codes.pack(x)
-    assert torch.equal(codes.unpack(flat[codes.pool_elements(128, 24) :], 22, 24), x[128:])
+def test_bytes_and_their_order():
+    """Three tokens: one native direction slab in fp16, then 8 bit, then 4 bit, each padded to four tokens."""
+    z = torch.zeros(3, 32)
+    z[0, 0], z[2, 7] = 1.0, -2.0  # native
+    z[1, 8], z[1, 15] = 3.0, -128.0  # 8 bit; the last is clipped
+    z[0, 16], z[0, 24], z[2, 31] = 7.5, -7.5, 0.5  # 4 bit: levels u = 15, 0 and 8
+    flat = codes.pack(z, torch.ones(24).bfloat16(), Slabs(8, 8, 16), torch.float16).tolist()
+    assert len(flat) == 4 * (16 + 8 + 8)
+    native, byte, nibble = flat[:64], flat[64:96], flat[96:]
+    assert {i: b for i, b in enumerate(native) if b} == {1: 0x3C, 2 * 16 + 15: 0xC0}  # 1.0 is 3C00, -2.0 is C000
+    assert {i: b for i, b in enumerate(byte) if b} == {8: 3, 15: 256 - 127}
+    # Zero lies between the levels 7 and 8; both are half a step away, and both halves of a byte take the even one.
+    assert {i: b for i, b in enumerate(nibble) if b != 0x88} == {0: 0x0F}
+    assert nibble[0] == 0x0F  # directions 0 (low half) and 8 (high half)
+    assert nibble[2 * 8 + 7] == 0x88
+
+
+def test_batches_are_packed_alike():
+    z = torch.stack([numbers(9, 32, seed) for seed in range(3)])
+    scales = torch.rand(3, 24).bfloat16()
+    together = codes.pack(z, scales, Slabs(8, 8, 16), torch.bfloat16)
+    assert together.shape == (3, 10 * (16 + 8 + 8))
+    for i in range(3):
+        assert torch.equal(together[i], codes.pack(z[i], scales[i], Slabs(8, 8, 16), torch.bfloat16))
+
+
+def test_raw_numbers_are_a_view():
+    raw = torch.randn(5, 64).bfloat16()
+    flat = codes.pack(raw.float(), torch.zeros(0).bfloat16(), Slabs(64), torch.bfloat16)
+    view = codes.native_view(flat, 5, 64, torch.bfloat16)
+    assert torch.equal(view, raw)
+    view[3] = 1.0
+    assert torch.equal(codes.unpack(flat, 5, Slabs(64), torch.bfloat16)[3], torch.ones(64))
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="multiple of 8"):
-        codes.pack(torch.zeros(3, 12))
-    with pytest.raises(ValueError, match="takes 1536 numbers, the slice has 100"):
-        codes.unpack(torch.zeros(100), 3, 24)
-    with pytest.raises(ValueError, match="no room for 65 tokens"):
-        codes.pack_into(torch.zeros(64 * 8), 0, torch.zeros(65, 8))
+    with pytest.raises(ValueError, match="takes 64 bytes, the slice has 63"):
+        codes.unpack(torch.zeros(63, dtype=torch.uint8), 3, Slabs(0, 8, 16), torch.float32)
+    for slabs in (Slabs(4, 0, 0), Slabs(0, 12, 0), Slabs(0, 0, 8), Slabs(-8, 8, 0), Slabs(32, 32, 16)):
+        with pytest.raises(ValueError, match="multiples of 8, 8 and 16"):
+            check_slabs(slabs, 64)
+    for slabs in (Slabs(), Slabs(64), Slabs(8, 24, 32)):
+        check_slabs(slabs, 64)
 
 
-def entry(kind, length, rank, key_offset=0):
-    row = [0] * table.FIELDS
-    row[table.KIND], row[table.LENGTH], row[table.RANK], row[table.KEY_OFFSET] = int(kind), length, rank, key_offset
-    row[table.BASIS_STRIDE] = rank
-    return row
-
-
-def test_plan_covers_every_token_once():
-    rows = torch.tensor(
-        [
-            [[entry(Kind.CODED, 5000, 96, 512), entry(Kind.DENSE, 100, 0)], [entry(Kind.CODED, 777, 0), entry(Kind.EMPTY, 9, 8)]],
-            [[entry(Kind.CODED, 1, 16), entry(Kind.CODED, 0, 16)], [entry(Kind.EMPTY, 0, 0), entry(Kind.EMPTY, 0, 0)]],
-        ]
-    )
-    plan = table.plan_splits(rows, window_capacity=600, head_dim=128, num_programs=20)
-    assert (plan.max_rank, plan.has_coded, plan.has_dense) == (96, True, True)
-    covered = {}
-    slots = set()
-    for record in plan.records.tolist():
-        row, slot, start, count = (record[i] for i in (table.ROW, table.SLOT, table.START, table.COUNT))
-        assert plan.ranges[row] <= slot < plan.ranges[row + 1]
-        assert slot not in slots
-        slots.add(slot)
-        assert start % BLOCK == 0 and count > 0
-        key = (row, record[table.SPLIT_KIND], record[table.RANK_UNITS] * 8)
-        covered.setdefault(key, []).append((start, count))
-        if key == (0, int(Kind.CODED), 96):
-            assert record[table.KEY_UNITS] * 8 == 512 + start * 96 and record[table.VALUE_UNITS] * 8 == start * 128
-            assert start == 0 or count >= 64
-    window = int(Kind.WINDOW)
-    expected = {(0, 2, 96): 5000, (0, 1, 0): 100, (1, 2, 0): 777, (2, 2, 16): 1, **{(row, window, 0): 600 for row in range(4)}}
-    assert {key: sum(count for _, count in spans) for key, spans in covered.items()} == expected
-    for spans in covered.values():
-        spans.sort()
-        assert all(a + n == b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
-    assert slots == set(range(plan.num_splits)) and plan.max_splits == int(plan.ranges.diff().max())
-
-
-def test_plan_balances_bytes():
-    """Heads of rank 96 and 16 are cut so that their splits read nearly the same number of bytes."""
-    rows = torch.tensor([[[entry(Kind.CODED, 32768, rank)] for rank in (96, 16, 96, 16)]])
-    plan = table.plan_splits(rows, window_capacity=0, head_dim=128, num_programs=128)
-    bytes_read = plan.records[:, table.COUNT] * (plan.records[:, table.RANK_UNITS] * 8 + 128)
-    assert 120 <= plan.num_splits <= 136
-    assert bytes_read.double().quantile(0.9) / bytes_read.double().median() < 1.1
-    assert bool((bytes_read.diff() <= 0).all())
-
-
-def test_plan_refuses_misaligned_tables():
-    with pytest.raises(ValueError, match="ranks must be multiples of 8 from 0 to 64"):
-        table.plan_splits(torch.tensor([[[entry(Kind.CODED, 5, 72)]]]), window_capacity=8, head_dim=64)
-    with pytest.raises(ValueError, match="KEY_OFFSET must be a multiple of 8"):
-        table.plan_splits(torch.tensor([[[entry(Kind.DENSE, 5, 0, 4)]]]), window_capacity=8, head_dim=64)
-
-
-def test_plan_of_an_empty_cache():
-    plan = table.plan_splits(torch.zeros(2, 3, 0, table.FIELDS, dtype=torch.int64), window_capacity=128, head_dim=64)
-    assert plan.num_splits == 6 and not plan.has_coded and plan.max_rank == 0
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slabs", LAYOUTS[1:], ids=str)
+def test_same_bytes_on_a_gpu(slabs):
+    z = numbers(301, slabs.rank)
+    scales = scales_of(z, slabs)
+    assert torch.equal(codes.pack(z.cuda(), scales.cuda(), slabs, torch.bfloat16).cpu(), codes.pack(z, scales, slabs, torch.bfloat16))

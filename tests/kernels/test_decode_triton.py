@@ -3,6 +3,7 @@
 The cases are in `interpreter_cases.py`, which runs in two processes of its own: the interpreter is chosen at import.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -44,15 +45,66 @@ def test_matches_float64(results, name):
 
 def test_refusals_name_the_reason():
     """On the CPU without the interpreter nothing is launched, and the caller learns why."""
-    from kernel_caches import random_cache
+    from kernel_caches import EMPTY, Coded, Segment, random_cache
     from rotatek_compile.kernels import decode
 
-    cache = random_cache([[[("coded", 9, 8)]]], [3], 64, 8, torch.float32)
+    cache = random_cache([[[Segment(9, Coded(8), Coded(0, 0, 16))]]], [3], 64, 8, torch.float32)
     q = torch.randn(1, 4, 1, 64)
     assert "tensors are on cpu" in decode.supported(q, cache.view)
     assert "exceed 64 rows" in decode.supported(torch.randn(1, 4, 17, 64), cache.view)
+    assert "exceed 32 rows over 8- and 4-bit codes" in decode.supported(torch.randn(1, 4, 9, 64), cache.view)
     assert "queries are torch.float16" in decode.supported(q.half(), cache.view)
-    assert "no multiple" in decode.supported(q, random_cache([[[("empty", 0, 0)]] * 3], [3], 64, 8, torch.float32).view)
+    assert "no multiple" in decode.supported(q, random_cache([[[EMPTY]] * 3], [3], 64, 8, torch.float32).view)
     assert "head_dim 32" in decode.supported(torch.randn(1, 4, 1, 32), cache.view)
+    beams = dataclasses.replace(cache.view, table=cache.view.table.expand(2, -1, -1, -1))
+    assert "table must be contiguous" in decode.supported(q, beams)
     with pytest.raises(ValueError, match="no Triton decode attention: tensors are on cpu"):
         decode.decode_attention(q, cache.view, 1.0)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("C_NIBBLES_BF16", torch.bfloat16), ("C_NIBBLES_FP16", torch.float16)])
+def test_assembly_of_nibbles(name, dtype):
+    """The instructions that no interpreter runs, carried out here: all sixteen levels, in order, from low and high halves."""
+    from rotatek_compile.kernels import decode_sides
+
+    text = getattr(decode_sides, name).value
+    for first in range(0, 256, 4):
+        packed = [first, first + 1, first + 2, first + 3]
+        registers = execute(text, int.from_bytes(bytes(packed), "little"), dtype)
+        words = b"".join(registers[f"${i}"].to_bytes(4, "little") for i in range(4))
+        numbers = torch.frombuffer(bytearray(words), dtype=dtype).tolist()
+        assert numbers == [(x & 15) - 8 for x in packed] + [(x >> 4) - 8 for x in packed]
+
+
+def execute(text, argument, dtype):
+    """The PTX instructions mov, and, shr, prmt and fma on 32-bit registers."""
+    registers = {"$4": argument}
+
+    def value(name):
+        return int(name, 0) if name[0].isdigit() else registers[name]
+
+    def halves(x):
+        return torch.frombuffer(bytearray(x.to_bytes(4, "little")), dtype=dtype)
+
+    for instruction in filter(None, (part.strip() for part in text.strip("{}\n ").replace("\n", " ").split(";"))):
+        operation, _, operands = instruction.partition(" ")
+        into, *names = operands.replace(" ", "").split(",")
+        kind = operation.split(".")[0]
+        if kind == "":  # .reg
+            continue
+        a, *more = map(value, names)
+        if kind == "mov":
+            result = a
+        elif kind == "and":
+            result = a & more[0]
+        elif kind == "shr":
+            result = a >> more[0]
+        elif kind == "prmt":
+            eight = a.to_bytes(4, "little") + more[0].to_bytes(4, "little")
+            result = int.from_bytes(bytes(eight[more[1] >> 4 * i & 7] for i in range(4)), "little")
+        else:
+            assert kind == "fma", operation
+            found = (halves(a).double() * halves(more[0]).double() + halves(more[1]).double()).to(dtype)
+            result = int.from_bytes(found.view(torch.uint8).numpy().tobytes(), "little")
+        registers[into] = result
+    return registers

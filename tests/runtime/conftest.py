@@ -16,6 +16,8 @@ from torch import Tensor
 from rotatek_compile.artifact import Artifact, Method
 from rotatek_compile.bases import calibrated_basis
 from rotatek_compile.geometry import Geometry, geometry_of
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.plan import HeadPlan, plan_tensors
 from rotatek_compile.runtime.coder import CodedSegment
 
 HEADS, DIM, LAYERS, VOCABULARY, IMAGE = 2, 32, 3, 97, 5
@@ -124,13 +126,21 @@ def ragged(prompts: Prompts) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def make_artifact(geometry: Geometry) -> Callable[..., Artifact]:
-    """An artifact with random bases; `ranks` is one number for all heads, or a list per layer."""
+    """An artifact with random bases. `ranks` are native Key directions: one number for all heads, or a list per layer; `plan` sets both
+    sides of every head, as a list per layer."""
 
-    def make(ranks: Any = DIM, shape: Geometry | None = None, fallback: float = 0.0, basis: str = "two-sided", **options: Any) -> Artifact:
+    def make(
+        ranks: Any = DIM,
+        shape: Geometry | None = None,
+        fallback: float = 0.0,
+        basis: str = "two-sided",
+        plan: Any = None,
+        **options: Any,
+    ) -> Artifact:
         shape = shape or geometry
         method = Method(basis=basis, fallback_factor=fallback, **{"window": 32, **options})
         generator = torch.Generator().manual_seed(7)
-        tensors = {}
+        tensors, heads_of = {}, {}
         for i in shape.compressible:
             heads, dim = shape.layers[i].kv_heads, shape.layers[i].head_dim
             for kind in method.kinds:
@@ -141,9 +151,10 @@ def make_artifact(geometry: Geometry) -> Callable[..., Artifact]:
                     tensors[f"layers.{i}.{kind}.{side}_encode"] = made.encode.float()
                     tensors[f"layers.{i}.{kind}.{side}_spectrum"] = made.spectrum.float()
             own = [ranks] * heads if isinstance(ranks, int) else ranks[i]
-            tensors[f"layers.{i}.key_rank"] = torch.tensor(own, dtype=torch.int32)
-            tensors[f"layers.{i}.sensitivity"] = torch.zeros(heads, 0)
-        return Artifact(shape, method, tensors, {}, {})
+            heads_of[i] = plan[i] if plan else [HeadPlan(Slabs(rank), Slabs(dim)) for rank in own]
+            for side in ("key", "value"):
+                tensors[f"layers.{i}.{side}_sensitivity"] = torch.zeros(heads, 0)
+        return Artifact(shape, method, tensors | plan_tensors(heads_of), {}, {})
 
     return make
 

@@ -8,6 +8,10 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
+from rotatek_compile.kernels.codes import padded
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.kernels.table import KEY, LENGTH, NATIVE, VALUE, Kind
+from rotatek_compile.plan import HeadPlan
 from rotatek_compile.runtime import merging
 from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.cache import RotateKLayer
@@ -16,6 +20,12 @@ from rotatek_compile.runtime.prepared import PreparedArtifact, PreparedLayer
 from rotatek_compile.runtime.rivals.registry import make_coder
 
 MIXED = [[8, 24], [0, 16], [0, 0]]
+RAW = Slabs(32)
+SLABS = [  # all precisions, coded Values beside raw ones, an empty head
+    [HeadPlan(Slabs(8, 8, 16), Slabs(0, 16)), HeadPlan(RAW, Slabs(8))],
+    [HeadPlan(Slabs(), RAW), HeadPlan(Slabs(0, 8), Slabs(0, 0, 32))],
+    [HeadPlan(Slabs(0, 0, 16), Slabs()), HeadPlan(RAW, RAW)],
+]
 
 
 def reachable(root, stop):
@@ -39,17 +49,28 @@ def own_bytes(cache):
     return sum(size for place, size in reachable(cache, (PreparedArtifact, PreparedLayer)).items() if place not in artifact)
 
 
-@pytest.mark.parametrize("ranks", [32, 0, MIXED])
+@pytest.mark.parametrize("plan", [32, 0, MIXED, SLABS], ids=["raw", "nothing", "ranks", "slabs"])
 @pytest.mark.parametrize("basis", ["two-sided", "paper"])
 @pytest.mark.parametrize("span", ["visual", "all"])
-def test_stored_is_what_is_reachable(model, ragged, make_artifact, generate, span, basis, ranks):
-    with enable(model, make_artifact(ranks, span=span, basis=basis, fallback=1.0), backend="torch"):
+def test_stored_is_what_is_reachable(model, ragged, make_artifact, generate, span, basis, plan):
+    what = {"plan": plan} if plan is SLABS else {"ranks": plan}
+    with enable(model, make_artifact(**what, span=span, basis=basis, fallback=1.0), backend="torch"):
         cache = generate(model, ragged, 70).cache
     count = cache_bytes(cache)
     assert count.stored == own_bytes(cache) > 0
-    # in float32, total is the same with 2 bytes a number; tables, lengths and fp32 means keep their size
-    fixed = count.tables + sum(layer.store.means.numel() * 4 for layer in cache.layers)
-    assert count.stored - fixed == 2 * (count.total - fixed)
+    # in float32, total is the same with 2 bytes a native number; codes, scales, own means and tables keep their size
+    native = 0
+    for layer in cache.layers:
+        store = layer.store
+        native += 2 * store.own_bases.numel() + 2 * store.window.buffer.numel()
+        for entry in (entry for heads in store.segments() for entry in heads):
+            native += 2 * padded(int(entry[LENGTH])) * (int(entry[KEY + NATIVE]) + int(entry[VALUE + NATIVE]))
+    assert count.stored - count.total == native > 0
+    parts = sum(2 * layer.store.scales.numel() + 2 * layer.store.own_means.numel() for layer in cache.layers)
+    assert count.span - count.basis - parts == sum(layer.store.code_bytes(Kind.CODED)[0] for layer in cache.layers)
+    if plan == 32:
+        assert parts == count.basis == 0  # raw numbers need nothing beside them
+        assert count.span - sum(layer.store.code_bytes(Kind.CODED)[1] for layer in cache.layers) == count.span_dense
     assert count.total == count.span + count.window + count.tables
     tokens = int(ragged["attention_mask"].sum()) + 4 * 69  # padding left out
     assert count.dense == 3 * tokens * 2 * 32 * 2 * 2
@@ -84,16 +105,16 @@ def test_fewer_directions_take_fewer_bytes(model, ragged, make_artifact, generat
             spans.append(cache_bytes(generate(model, ragged, 2).cache))
     assert [c.basis for c in spans] == [0] * 5  # a calibrated covariance this sure of itself is never corrected
     steps = [b.span - a.span for a, b in zip(spans[:-1], spans[1:], strict=True)]
-    blocks = 2 + (2 + 1 + 1) + 0 + (1 + 1)  # 64-token blocks of the images of each row
-    assert steps == [3 * 2 * blocks * 64 * 8 * 2] * 4
+    tokens = 88 + (88 + 56 + 52) + 0 + (52 + 56)  # of the images of each row, all of them even
+    heads, means = 3 * 2, 6 * 32 * 2  # fp16, of six segments; raw Keys have none
+    assert steps == [heads * tokens * 8 * 2] * 3 + [heads * (tokens * 8 * 2 - means)]
 
 
 def test_own_bases_count(model, ragged, make_artifact, generate):
     with enable(model, make_artifact(16, prior_tokens=0, basis="paper"), backend="torch"):
         cache = generate(model, ragged, 2).cache
     count = cache_bytes(cache)
-    shared = 3 * 2 * 32 * 16 * 2  # once a cache has own bases, the calibrated ones are copied beside them
-    assert count.basis == shared + 3 * 6 * 2 * 32 * 16 * 2  # two images side by side are two segments
+    assert count.basis == 3 * 6 * 2 * 32 * 16 * 2  # two images side by side are two segments; calibrated bases are nobody's
 
 
 def test_beams_share_segments(model, prompts, make_artifact, generate):
@@ -138,15 +159,15 @@ def test_merged_blocks_stay_shared(model, make_artifact, prompts, monkeypatch):
     """Rows that share blocks go on sharing them when others are joined, and when they are joined themselves."""
     monkeypatch.setattr(merging, "MERGE_AT", 3)
     pieces = torch.randint(6, 97, (1, 16 * 40), generator=torch.Generator().manual_seed(0)).split(16, 1)
-    fixed, block = 3 * 2 * 32 * 4, 3 * 2 * 64 * (8 + 32) * 2
+    block = 3 * 2 * 64 * (8 + 32) * 2  # the means are the artifact's
     with torch.no_grad(), enable(model, make_artifact(8, span="all"), backend="torch") as enabled:
         cache = enabled.new_cache()
 
         def read(pieces, rows):
             for piece in pieces:
                 out = model(input_ids=piece.expand(rows, -1), past_key_values=cache).logits
-            lengths = [sorted(row[0, row[0, :, 3] > 0, 3].tolist()) for row in cache.layers[0].store.table]
-            return lengths, (cache_bytes(cache).span - fixed) / block, out[-1]
+            lengths = [sorted(row[0, row[0, :, LENGTH] > 0, LENGTH].tolist()) for row in cache.layers[0].store.table]
+            return lengths, cache_bytes(cache).span / block, out[-1]
 
         assert read(pieces[:12], 1)[:2] == ([[64, 64]], 2)
         cache.batch_repeat_interleave(2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rotatek_compile.errors import UsageError
+from rotatek_compile.kernels.table import Kind
 from rotatek_compile.runtime.accounting import cache_bytes, cache_tensors
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.recording import fill, record, stock_cache
@@ -118,7 +119,7 @@ def test_old_text_stays_raw(model, prompts, make_artifact, generate, check_equal
     with enable(model, make_artifact(), backend="torch") as enabled:
         got = generate(model, inputs, 90, past_key_values=enabled.new_cache(exact_coder))
     check_equal(got, stock)
-    assert all(layer.store.dense_text_elements() > 0 for layer in got.cache.layers)
+    assert all(layer.store.code_bytes(Kind.DENSE)[0] > 0 for layer in got.cache.layers)
 
 
 def test_bytes(geometry, prefilled, exact_coder):

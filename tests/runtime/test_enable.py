@@ -9,6 +9,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.geometry import geometry_of
+from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.runtime.attention import NAME
 from rotatek_compile.runtime.cache import RotateKCache
 from rotatek_compile.runtime.enable import enable
@@ -155,7 +156,7 @@ def test_bfloat16(make_model, ragged, make_artifact, generate):
         positions = mask.sum(1, keepdim=True) - 1
         step = {"input_ids": torch.full((4, 1), 17), "attention_mask": mask, "position_ids": positions}
         got = model(**step, past_key_values=cache).logits.float()
-        assert cache.layers[0].store.keys.dtype == torch.bfloat16
+        assert cache.layers[0].store.dtype == cache.layers[0].store.window.keys.dtype == torch.bfloat16
         dense = model(**step, past_key_values=stock.cache).logits.float()
     assert (got - dense).abs().max() < 0.15 < 0.1 * (dense.max() - dense.min())
 
@@ -189,8 +190,8 @@ def test_fallback_can_be_switched_off(model, ragged, make_artifact, generate):
         on = generate(model, ragged, 2).cache
     with enable(model, artifact, backend="torch", fallback=False):
         off = generate(model, ragged, 2).cache
-    assert [int(layer.store.fallback.sum()) for layer in on.layers] == [6 * 2] * 3
-    assert [int(layer.store.fallback.sum()) for layer in off.layers] == [0] * 3
+    assert [int(layer.store.monitor.fallback.sum()) for layer in on.layers] == [6 * 2] * 3
+    assert [int(layer.store.monitor.fallback.sum()) for layer in off.layers] == [0] * 3
     assert artifact.method.fallback_factor == 1e-6
     assert geometry_of(model.config) == artifact.geometry
 
@@ -271,11 +272,11 @@ def test_another_budget_for_one_call(model, ragged, make_artifact, generate, che
     with enable(model, artifact, backend="torch", keep_ratio=1.0):
         check_equal(generate(model, ragged, 4), stock)
     with enable(model, artifact, backend="torch", kv_budget=0.75) as enabled:
-        assert enabled.artifact.ranks() == {i: [16, 16] for i in range(3)}
+        assert enabled.artifact.plan() == {i: [(Slabs(16), Slabs(32))] * 2 for i in range(3)}
         half = generate(model, ragged, 4)
     with enable(model, make_artifact(16), backend="torch"):
         check_equal(generate(model, ragged, 4), half)
-    assert artifact.ranks() == {i: [8, 8] for i in range(3)}
+    assert artifact.plan() == {i: [(Slabs(8), Slabs(32))] * 2 for i in range(3)}
 
 
 def test_a_stock_cache_by_name_is_refused(make_model, ragged, make_artifact, generate):

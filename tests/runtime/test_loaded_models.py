@@ -51,7 +51,7 @@ def test_half_precision(make_model, ragged, make_artifact, dtype):
     model = make_model().to(dtype)
     inputs = dict(ragged, pixel_values=ragged["pixel_values"].to(dtype))
     dense, got, cache = both(model, inputs, make_artifact())
-    assert cache.layers[0].store.keys.dtype == cache.layers[0].store.window.keys.dtype == dtype
+    assert cache.layers[0].store.dtype == cache.layers[0].store.window.keys.dtype == dtype
     assert divergence(dense, got) < (1e-4 if dtype == torch.float16 else 1e-2)
     _, below, _ = both(model, inputs, make_artifact(PLAN))
     _, rebuilt, _ = both(model, inputs, make_artifact(PLAN), "reconstruct")
@@ -96,7 +96,7 @@ def answer_is_the_same(model, folder, tmp_path):
             tensors[f"layers.{i}.visual.{side}_mean"] = torch.zeros(heads, dim)
             tensors[f"layers.{i}.visual.{side}_encode"] = torch.eye(dim).expand(heads, dim, dim).clone()
             tensors[f"layers.{i}.visual.{side}_spectrum"] = torch.ones(heads, dim)
-        tensors[f"layers.{i}.key_rank"] = torch.full((heads,), dim, dtype=torch.int32)
+            tensors[f"layers.{i}.{side}_plan"] = torch.tensor([[dim, 0, 0]] * heads, dtype=torch.int32)
     inputs = model_inputs(load_processor(resolve(str(folder))), [Image.linear_gradient("L").convert("RGB")], "What is it?")
     options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     stock = model.generate(**inputs, **options)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from rotatek_compile.errors import RotateKError
+from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.kernels.table import KIND, LENGTH, Kind
+from rotatek_compile.plan import HeadPlan
 from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.cache import RotateKCache
 from rotatek_compile.runtime.enable import enable
@@ -84,6 +86,23 @@ def test_an_image_cut_by_chunks_is_one_segment(model, prompts, make_artifact, si
         assert [segments(layer, row) for row in range(2)] == [[88], [56]]
         assert [segments(layer, row, Kind.DENSE) for row in range(2)] == [[], []]
         assert layer.held_queries == {}
+
+
+@pytest.mark.parametrize("kv_budget", [None, 0.5])
+def test_chunks_change_nothing_of_what_is_coded(model, prompts, make_artifact, kv_budget):
+    """All precisions: an image that arrives in pieces, against the same image at once."""
+    slabs = [HeadPlan(Slabs(8, 8, 16), Slabs(0, 16)), HeadPlan(Slabs(32), Slabs(8, 0, 16))]
+    inputs, question = prompts.batch([[3, prompts.square]]), torch.full((1, 3), 17)
+    artifact = make_artifact(plan=[slabs] * 3, kv_budget=kv_budget)
+    with torch.no_grad(), enable(model, artifact, backend="torch") as enabled:
+        found = []
+        for parts in ([3 + 88], [50, 41]):  # the image at once, and in two pieces
+            cache = enabled.new_cache()
+            list(forward(model, inputs, cache, parts))
+            found.append((model(input_ids=question, past_key_values=cache).logits, cache_bytes(cache)))
+    assert found[0][1].span == found[1][1].span > 0
+    assert segments(cache.layers[0]) == [88]
+    assert (found[0][0] - found[1][0]).abs().max() < 2e-3
 
 
 def test_until_complete_it_is_raw(model, prompts, make_artifact):

@@ -12,7 +12,9 @@ from torch import nn
 
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.geometry import Geometry, LayerGeometry
+from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.models import bundled_path
+from rotatek_compile.plan import HeadPlan
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.prepared import PreparedArtifact
 from rotatek_compile.runtime.tensor_parallel import Shard, shard_of
@@ -35,14 +37,19 @@ try:
         with enable(model, artifact):
             out = model.generate(**job["inputs"], **job["options"])
         layer = out.past_key_values.layers[0]
-        found.append((out.sequences, torch.stack(out.logits, 1), layer.store.heads, layer.prepared.ranks))
+        found.append((out.sequences, torch.stack(out.logits, 1), layer.store.heads, layer.prepared.plan))
 except Exception as error:
     found = f"{type(error).__name__}: {error}"
 torch.save(found, f"{sys.argv[2]}.{rank}")
 torch.distributed.destroy_process_group()
 """
 OPTIONS = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "return_dict_in_generate": True, "output_logits": True}
-RANKS = [[8, 24], [32, 16], [0, 16]]  # half of the directions, every head another number
+RAW = Slabs(32)
+PLAN = [  # every head another number of directions at other precisions, of the Values too
+    [HeadPlan(Slabs(8), RAW), HeadPlan(Slabs(8, 8, 16), Slabs(0, 16))],
+    [HeadPlan(RAW, Slabs(0, 8, 16)), HeadPlan(Slabs(0, 16), RAW)],
+    [HeadPlan(Slabs(), Slabs(8)), HeadPlan(Slabs(16), Slabs(0, 0, 32))],
+]
 
 
 def in_two_processes(folder, job, tmp_path):
@@ -71,7 +78,7 @@ def in_two_processes(folder, job, tmp_path):
 
 def test_two_processes_decode_what_one_decodes(model, ragged, make_artifact, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    whole, half, stock = make_artifact(), make_artifact(RANKS), model.generate(**ragged, **OPTIONS)
+    whole, half, stock = make_artifact(), make_artifact(plan=PLAN), model.generate(**ragged, **OPTIONS)
     expected = []
     for artifact in (whole, half):
         with enable(model, artifact):
@@ -81,10 +88,10 @@ def test_two_processes_decode_what_one_decodes(model, ragged, make_artifact, tmp
     results = in_two_processes(tmp_path / "model", {"artifacts": [whole, half], "inputs": ragged, "options": OPTIONS}, tmp_path)
     for rank, found in enumerate(results):
         assert not isinstance(found, str), found
-        for n, (sequences, logits, heads, ranks) in enumerate(found):
+        for n, (sequences, logits, heads, plan) in enumerate(found):
             assert torch.equal(sequences, expected[n].sequences), (rank, n)
             assert (logits - torch.stack(expected[n].logits, 1)).abs().max() < 1e-4
-            assert (heads, ranks) == (1, ((32,), (RANKS[0][rank],))[n])  # its own head and nothing else
+            assert (heads, plan) == (1, ((HeadPlan(RAW, RAW),), (PLAN[0][rank],))[n])  # its own head and nothing else
 
 
 def test_a_model_without_a_plan_is_refused(ragged, make_artifact, tmp_path):
@@ -131,16 +138,18 @@ def test_whose_heads():
 
 
 def test_a_part_is_its_heads_of_the_whole(make_artifact):
-    artifact = make_artifact(RANKS)
+    artifact = make_artifact(plan=PLAN)
     whole = PreparedArtifact(artifact).layer(1, torch.device("cpu"), torch.float32)
     for rank in range(2):
         part = PreparedArtifact(artifact, Shard(rank, 2)).layer(1, torch.device("cpu"), torch.float32)
-        assert (part.ranks, part.geometry.kv_heads, part.geometry.query_heads) == ((whole.ranks[rank],), 1, 2)
-        mine, all_ = part.kinds["visual"], whole.kinds["visual"]
-        for name in ("encode", "decode", "spectrum", "mean", "scale"):
-            assert torch.equal(getattr(mine, name), getattr(all_, name)[rank : rank + 1]), name
-        start = int(all_.offsets[rank])
-        assert torch.equal(mine.shared, all_.shared[start : start + mine.shared.numel()])
+        assert (part.plan, part.geometry.kv_heads, part.geometry.query_heads) == ((whole.plan[rank],), 1, 2)
+        for mine, all_ in zip(part.kinds["visual"].sides, whole.kinds["visual"].sides, strict=True):
+            for name in ("encode", "decode", "spectrum", "mean", "balance"):
+                assert torch.equal(getattr(mine, name), getattr(all_, name)[rank : rank + 1]), name
+            assert (mine.slabs, mine.expected, mine.number) == ((all_.slabs[rank],), (all_.expected[rank],), all_.number)
+        # two shared matrices, of Keys and of Values, one head of each
+        assert torch.equal(part.bases.view(2, 1, 32, 32), whole.bases.view(2, 2, 32, 32)[:, rank : rank + 1])
+        assert torch.equal(part.means.view(2, 1, 32), whole.means.view(2, 2, 32)[:, rank : rank + 1])
     with pytest.raises(RotateKError, match="rivals need all heads"):
         PreparedArtifact(artifact, Shard(0, 2)).plain_layer(0)
 

@@ -1,0 +1,114 @@
+"""Cutting segments into splits: every token once, about equal bytes, what the kernel is compiled for, refusals."""
+
+import pytest
+import torch
+
+from rotatek_compile.kernels import decode, table
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.kernels.table import BLOCK, NONE, Kind
+
+RAW = None
+
+
+def entry(length, key=RAW, value=RAW, *, kind=None, dim=128, **fields):
+    """A row of the table; `key_offset=5` and the like set a field of a side."""
+    row = [0] * table.FIELDS
+    coded = key is not RAW or value is not RAW
+    row[table.KIND], row[table.LENGTH] = int(kind or (Kind.CODED if coded else Kind.DENSE)), length
+    for start, slabs in ((table.KEY, key), (table.VALUE, value)):
+        row[start + table.NATIVE : start + table.NIBBLE + 1] = slabs or Slabs(dim)
+        row[start + table.BASIS] = NONE if slabs is RAW else 0
+        row[start + table.STRIDE] = 8
+    for name, number in fields.items():
+        side, field = name.split("_", 1)
+        row[getattr(table, side.upper()) + getattr(table, field.upper())] = number
+    return row
+
+
+def empty(length=9):
+    row = [0] * table.FIELDS
+    row[table.LENGTH] = length
+    return row
+
+
+def plan(rows, **options):
+    return table.plan_splits(torch.tensor(rows), **{"window_capacity": 0, "head_dim": 128} | options)
+
+
+def test_every_token_once():
+    rows = [
+        [[entry(5000, Slabs(96), RAW), entry(100)], [entry(777, Slabs(), Slabs(0, 8, 16)), empty()]],
+        [[entry(1, Slabs(16), RAW), entry(0, Slabs(16), RAW)], [empty(0), empty(0)]],
+    ]
+    found = plan(rows, window_capacity=600, num_programs=20)
+    covered, slots = {}, set()
+    for record in found.records.tolist():
+        row, slot, start, count = (record[i] for i in (table.ROW, table.SLOT, table.START, table.COUNT))
+        assert found.ranges[row] <= slot < found.ranges[row + 1] and slot not in slots
+        slots.add(slot)
+        assert start % BLOCK == 0 and count > 0
+        covered.setdefault((row, record[table.SPLIT_KIND], record[table.ENTRY]), []).append((start, count))
+    window, coded, dense = int(Kind.WINDOW), int(Kind.CODED), int(Kind.DENSE)
+    expected = {(0, coded, 0): 5000, (0, dense, 1): 100, (1, coded, 2): 777, (2, coded, 4): 1}
+    expected |= {(row, window, NONE): 600 for row in range(4)}
+    assert {key: sum(count for _, count in spans) for key, spans in covered.items()} == expected
+    for spans in covered.values():
+        spans.sort()
+        assert spans[0][0] == 0 and all(a + n == b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+    assert slots == set(range(found.num_splits)) and found.max_splits == int(found.ranges.diff().max())
+    assert len(covered[0, coded, 0]) > 10
+
+
+def test_splits_are_balanced_by_bytes():
+    """Heads whose tokens take 192 and 24 bytes are cut so that their splits read nearly the same number of bytes."""
+    found = plan(
+        [[[entry(32768, key, value)] for key, value in [(Slabs(0, 64), Slabs(64)), (Slabs(0, 0, 16), Slabs(0, 16))] * 2]], num_programs=96
+    )
+    per_token = torch.tensor([192, 24] * 2)[found.records[:, table.ROW]]
+    bytes_read = found.records[:, table.COUNT] * per_token
+    assert 90 <= found.num_splits <= 104
+    assert bytes_read.double().quantile(0.9) / bytes_read.double().median() < 1.15
+    assert bool((bytes_read.diff() <= 0).all())
+
+
+def test_widths_and_pairs():
+    rows = [[[entry(9, Slabs(8, 0, 48), Slabs(0, 64)), entry(9, Slabs(0, 24), RAW)], [entry(9), entry(9, Slabs(), Slabs(0, 8, 16))]]]
+    found = plan(rows)
+    assert found.key_widths == (8, 24, 48) and found.value_widths == (0, 64, 16)  # raw sides do not count
+    assert found.pairs == {(False, False), (False, True), (True, True)}
+    assert plan([[[entry(9, RAW, Slabs(0, 0, 16))]]], window_capacity=8).pairs == {(True, False)}
+    assert plan([[[entry(9)]]], window_capacity=8).key_widths == (0, 0, 0)
+
+
+def test_what_the_kernel_is_compiled_for():
+    constants = decode.Widths.of(Slabs(8, 24, 48), Slabs(0, 0, 128), frozenset({(False, False), (True, True)})).constants()
+    assert constants == {
+        "KN": 16, "K8": 32, "K4": 32, "VN": 0, "V8": 0, "V4": 64, "CODED_KEYS": False, "CODED_VALUES": False, "CODED_BOTH": True,
+    }  # fmt: skip
+
+
+def test_bad_tables_are_refused():
+    with pytest.raises(ValueError, match="multiples of 8, 8 and 16"):
+        plan([[[entry(5, Slabs(72), RAW, dim=64)]]], head_dim=64)
+    with pytest.raises(ValueError, match="OFFSET must be a multiple of 16, got 24"):
+        plan([[[entry(5, Slabs(8), RAW, key_offset=24)]]])
+    with pytest.raises(ValueError, match="OFFSET must be a multiple of 16, got 8"):
+        plan([[[entry(5, value_offset=8)]]])  # raw numbers too
+    with pytest.raises(ValueError, match="BASIS must be a multiple of 8, got 4"):
+        plan([[[entry(5, Slabs(8), Slabs(8), value_basis=4)]]])
+    with pytest.raises(ValueError, match="BASIS must be a multiple of 8, got -12"):
+        plan([[[entry(5, Slabs(8), Slabs(8), value_basis=-12)]]])
+    with pytest.raises(ValueError, match="STRIDE must be a multiple of 8, got 12"):
+        plan([[[entry(5, Slabs(8), Slabs(8), key_stride=12)]]])
+    with pytest.raises(ValueError, match="head_dim 20 is not a multiple of 8"):
+        plan([[[empty()]]], head_dim=20)
+
+
+def test_an_empty_cache():
+    found = table.plan_splits(torch.zeros(2, 3, 0, table.FIELDS, dtype=torch.int64), window_capacity=128, head_dim=64)
+    assert found.num_splits == 6 and not found.pairs and found.key_widths == found.value_widths == (0, 0, 0)
+
+
+def test_own_bases_mirror_offsets():
+    assert [table.own_basis(place) for place in (0, 8, 4096)] == [-8, -16, -4104]
+    assert all(table.own_basis(table.own_basis(place)) == place for place in range(0, 80, 8))
