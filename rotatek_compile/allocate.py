@@ -1,142 +1,198 @@
-"""Spending a budget of Key directions over heads by what each head's answer KL loses (DESIGN.md §4.4)."""
+"""Spending a budget over the Keys and Values of all heads by what each costs in answer KL (DESIGN.md §4.4)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .artifact import RANK_STEP
-from .geometry import Geometry
-
-Plan = dict[int, list[int]]  # directions kept per KV head, by layer
-TIE_WEIGHT = 1e-6  # KL per unit of remaining energy share: orders heads whose measured KL is all zero
-SWAP_ROUNDS = 6
-SWAP_CANDIDATES = 6
-GOOD_ENOUGH = 1e-4  # nats per token below which a plan needs no repair
+from .cost_curves import SEGMENT, Curves, Pair, every_slabs, lower_hull, places
+from .geometry import Geometry, LayerGeometry
+from .kernels.slabs import NIBBLE_UNIT, UNIT, Slabs
+from .plan import HeadPlan, Plan
+from .plan_words import promised_bytes
 
 
-def uniform_plan(geometry: Geometry, keep_ratio: float) -> Plan:
-    """The same number of directions everywhere: keep_ratio · D rounded to a step of 8."""
-    return {
-        i: [min(_steps(keep_ratio * geometry.layers[i].head_dim) * RANK_STEP, geometry.layers[i].head_dim)] * geometry.layers[i].kv_heads
-        for i in geometry.compressible
-    }
+@dataclass(frozen=True, slots=True)
+class Menu:
+    """What one head may keep. cost int64 [N], in any unit of a budget; kl fp64 [N]."""
+
+    options: tuple[HeadPlan, ...]
+    cost: np.ndarray
+    kl: np.ndarray
 
 
-def cost_curve(levels: tuple[int, ...], measured: Tensor, spectrum: Tensor) -> np.ndarray:
-    """Expected KL of one head at ranks 0, 8, ... D: fp64 [D / 8 + 1], never rising.
-
-    Between measured levels log KL is interpolated over log of the remaining energy; beyond the last one KL shrinks with the energy.
-
-    Args:
-        levels: ranks that were measured, ascending, the first 0.
-        measured: KL at these ranks [levels].
-        spectrum: energies of the directions [D], descending.
-    """
-    dim = spectrum.numel()
-    ranks = np.arange(0, dim + 1, RANK_STEP)
-    energy = spectrum.double().numpy()
-    tail = np.concatenate([energy[::-1].cumsum()[::-1], [0.0]])[ranks] / max(energy.sum(), 1e-30)
-    kl = np.maximum.accumulate(measured.double().numpy()[::-1])[::-1]  # a larger rank never costs more than a smaller one's measure
-    at = np.array(levels) // RANK_STEP
-    floor = 1e-12
-    x, known = np.log(tail + floor), np.log(kl + floor)
-    curve = np.empty(len(ranks))
-    for n in range(len(ranks)):
-        right = int(np.searchsorted(at, n))
-        if right < len(at) and at[right] == n:
-            curve[n] = kl[right]
-        elif right == len(at):
-            curve[n] = kl[-1] * tail[n] / max(tail[at[-1]], floor)
-        else:
-            left = right - 1
-            span = x[at[right]] - x[at[left]]
-            part = (x[n] - x[at[left]]) / span if span else 0.0
-            curve[n] = np.exp(known[left] + part * (known[right] - known[left]))
-    curve[-1] = 0.0
-    return np.minimum.accumulate(curve + TIE_WEIGHT * tail)
+Menus = dict[Pair, Menu]
+Choice = dict[Pair, int]  # number of the option taken
 
 
-def allocate(geometry: Geometry, curves: dict[int, list[np.ndarray]], keep_ratio: float) -> Plan:
-    """Spend the uniform plan's directions where they lower expected KL most, along each curve's lower convex hull."""
-    budget = sum(sum(ranks) for ranks in uniform_plan(geometry, keep_ratio).values()) // RANK_STEP
-    offers = []
-    for layer, heads in curves.items():
-        for head, curve in enumerate(heads):
-            n = 0
-            while n < len(curve) - 1:
-                gains = (curve[n] - curve[n + 1 :]) / np.arange(1, len(curve) - n)
-                best = int(gains.argmax())
-                offers.append((float(gains[best]), layer, head, best + 1))
-                n += best + 1
-    plan = {i: [0] * geometry.layers[i].kv_heads for i in geometry.compressible}
-    # sorting keeps each head's own offers in order, because slopes along a convex hull only fall
-    for _, layer, head, steps in sorted(offers, key=lambda offer: -offer[0]):
-        taken = min(steps, budget)
-        plan[layer][head] += taken * RANK_STEP
-        budget -= taken
-        if budget == 0:
-            break
+def raw_plan(geometry: Geometry) -> Plan:
+    """Everything as it is."""
+    return {i: [HeadPlan(Slabs(layer.head_dim), Slabs(layer.head_dim))] * layer.kv_heads for i, layer in _layers(geometry)}
+
+
+def same_slabs(geometry: Geometry, key: Slabs, value: Slabs) -> Plan:
+    """One plan for every head."""
+    return {i: [HeadPlan(key, value)] * layer.kv_heads for i, layer in _layers(geometry)}
+
+
+def uniform_plan(geometry: Geometry, keep_ratio: float, bits: str = "native") -> Plan:
+    """The same number of Key directions everywhere, keep_ratio · D rounded to whole steps, at one precision; Values raw."""
+    plan = {}
+    for i, layer in _layers(geometry):
+        step = NIBBLE_UNIT if bits == "4" else UNIT
+        count = min(int(keep_ratio * layer.head_dim / step + 0.5) * step, layer.head_dim // step * step)
+        plan[i] = [HeadPlan(at_bits(count, bits), Slabs(layer.head_dim))] * layer.kv_heads
     return plan
 
 
-def repair(plan: Plan, curves: dict[int, list[np.ndarray]], measure: Callable[[Plan], float], uniform: Plan) -> tuple[Plan, float, int]:
-    """Check a plan as a whole on documents kept aside, and improve it by swaps of 8 directions while that helps.
+def at_bits(count: int, bits: str) -> Slabs:
+    """Directions at one precision: `native`, `8` or `4`."""
+    return {"native": Slabs(count), "8": Slabs(byte=count), "4": Slabs(nibble=count)}[bits]
 
-    Single cuts hide redundancy: heads that each can go may not all go. If the uniform plan is better, it is taken.
 
-    Returns:
-        the plan, its measured KL, and the number of swaps made.
+def all_at_bits(dim: int, bits: str) -> Slabs:
+    """All directions at one precision; what 4 bits cannot take in whole steps is 8 bits wide."""
+    return Slabs(byte=dim % NIBBLE_UNIT, nibble=dim - dim % NIBBLE_UNIT) if bits == "4" else at_bits(dim, bits)
+
+
+def menus_of_bytes(geometry: Geometry, curves: Curves, key_bits: str = "auto", value_bits: str = "auto") -> Menus:
+    """Keys and Values together, priced by the bytes of a 512-token segment: of each side the options on its convex hull.
+
+    Args:
+        key_bits, value_bits: precisions that may be used.
     """
-    best, swaps = measure(plan), 0
-    for _ in range(SWAP_ROUNDS):
-        if best <= GOOD_ENOUGH:
+    menus = {}
+    for (i, h), curve in curves.items():
+        dim = geometry.layers[i].head_dim
+        keys = curve.key.hull(every_slabs(dim, key_bits))
+        if curve.value is None:
+            values = [Slabs(dim)]
+            kl = np.array([curve.key.of(key) for key in keys])
+        else:
+            values = curve.value.hull(every_slabs(dim, value_bits))
+            known = (side.kl[places(side.options, some)] for side, some in ((curve.key, keys), (curve.value, values)))
+            kl = curve.together(next(known)[:, None], next(known)).ravel()
+        cost = np.add.outer(*([promised_bytes(slabs, dim, SEGMENT) for slabs in some] for some in (keys, values))).ravel()
+        menus[i, h] = Menu(tuple(HeadPlan(key, value) for key in keys for value in values), cost, kl)
+    return menus
+
+
+def menus_of_directions(geometry: Geometry, curves: Curves, bits: str, values: str) -> Menus:
+    """Keys alone at one precision, priced by directions, or at any (`auto`), priced by half bytes of their codes; Values all alike."""
+    menus = {}
+    for (i, h), curve in curves.items():
+        dim = geometry.layers[i].head_dim
+        keys = every_slabs(dim, bits)
+        cost = [2 * key.bytes_per_token() if bits == "auto" else key.rank for key in keys]
+        options = tuple(HeadPlan(key, all_at_bits(dim, values)) for key in keys)
+        menus[i, h] = Menu(options, np.array(cost, dtype=np.int64), np.array([curve.key.of(key) for key in keys]))
+    return menus
+
+
+def spend(menus: Menus, budget: int) -> Choice:
+    """Take the options that lower expected KL most for their cost, along each menu's lower convex hull, and fill what is left.
+
+    Raises:
+        ValueError: the budget is below the sum of the cheapest options.
+    """
+    hulls = {pair: lower_hull(menu.cost, menu.kl) for pair, menu in menus.items()}
+    choice = {pair: hull[0] for pair, hull in hulls.items()}
+    left = budget - cost_of(choice, menus)
+    if left < 0:
+        raise ValueError(f"budget {budget} is below the smallest cost {budget - left}")
+    offers = []
+    for pair, hull in hulls.items():
+        menu = menus[pair]
+        for old, new in pairwise(hull):
+            price = int(menu.cost[new] - menu.cost[old])
+            offers.append(((menu.kl[new] - menu.kl[old]) / price, price, pair, new))
+    closed: set[Pair] = set()
+    # sorting keeps each menu's own offers in order, because slopes along a convex hull only fall
+    for _, price, pair, new in sorted(offers, key=lambda offer: offer[0]):
+        if pair in closed:
+            continue
+        if price > left:
+            closed.add(pair)
+            continue
+        choice[pair], left = new, left - price
+    return filled(choice, menus, left)
+
+
+def filled(choice: Choice, menus: Menus, left: int) -> Choice:
+    """A choice with further single options that what is left pays for, the best bargain first."""
+    choice = dict(choice)
+    bargains = {pair: bargain(menu, choice[pair], left) for pair, menu in menus.items()}
+    while bargains:
+        pair = max(bargains, key=lambda p: bargains[p][0])
+        if bargains[pair][0] <= 0:
             break
-        donors = sorted(_moves(plan, curves, -1))[:2]
-        takers = sorted(_moves(plan, curves, +1))[:SWAP_CANDIDATES]
-        trials = [
-            (measure(candidate), candidate)
-            for _, give in donors
-            for _, take in takers
-            if give != take
-            for candidate in [_moved(_moved(plan, give, -RANK_STEP), take, RANK_STEP)]
-        ]
-        if not trials:
-            break
-        value, candidate = min(trials, key=lambda trial: trial[0])
-        if value >= best:
-            break
-        best, plan, swaps = value, candidate, swaps + 1
-    reference = measure(uniform)
-    if reference < best and best > GOOD_ENOUGH:
-        return uniform, reference, swaps
-    return plan, best, swaps
+        new = bargains[pair][1]
+        left -= int(menus[pair].cost[new] - menus[pair].cost[choice[pair]])
+        choice[pair] = new
+        for other, (_, option) in bargains.items():
+            if other == pair or menus[other].cost[option] - menus[other].cost[choice[other]] > left:
+                bargains[other] = bargain(menus[other], choice[other], left)
+    return choice
 
 
-def _moves(plan: Plan, curves: dict[int, list[np.ndarray]], direction: int) -> list[tuple[float, tuple[int, int]]]:
-    """Expected change of KL when a head gives (-1) or takes (+1) one step, for every head that can."""
-    moves = []
-    for layer, ranks in plan.items():
-        for head, rank in enumerate(ranks):
-            n, curve = rank // RANK_STEP, curves[layer][head]
-            if 0 <= n + direction < len(curve):
-                moves.append((float(curve[n + direction] - curve[n]), (layer, head)))
-    return moves
+def bargain(menu: Menu, now: int, left: int) -> tuple[float, int]:
+    """The largest fall of KL per cost among the options at most `left` dearer than option `now`: (fall, option), (0, _) for none."""
+    extra = menu.cost - menu.cost[now]
+    fall = np.where((extra > 0) & (extra <= left), (menu.kl[now] - menu.kl) / np.maximum(extra, 1), 0.0)
+    best = int(fall.argmax())
+    return float(fall[best]), best
 
 
-def _moved(plan: Plan, place: tuple[int, int], change: int) -> Plan:
-    copy = {layer: list(ranks) for layer, ranks in plan.items()}
-    copy[place[0]][place[1]] += change
-    return copy
+def cost_of(choice: Choice, menus: Menus) -> int:
+    """What a choice costs."""
+    return int(sum(menus[pair].cost[number] for pair, number in choice.items()))
 
 
-def _steps(directions: float) -> int:
-    return int(directions / RANK_STEP + 0.5)
+def plan_from_choice(choice: Choice, menus: Menus) -> Plan:
+    """The plan that a choice stands for."""
+    plan: Plan = {}
+    for pair in sorted(choice):
+        plan.setdefault(pair[0], []).append(menus[pair].options[choice[pair]])
+    return plan
 
 
-def plan_tensor(ranks: list[int]) -> Tensor:
-    """A layer's plan as the artifact stores it."""
-    return torch.tensor(ranks, dtype=torch.int32)
+def same_everywhere(geometry: Geometry, curves: Curves, share: float, key_bits: str = "auto", value_bits: str = "auto") -> Plan:
+    """One option of Keys and one of Values for all heads of a width: the best pair by summed curves within a share of dense bytes.
+
+    Raises:
+        ValueError: not even the cheapest pair fits.
+    """
+    plan: Plan = {}
+    for dim in {layer.head_dim for _, layer in _layers(geometry)}:
+        some = [curve for (i, _), curve in curves.items() if geometry.layers[i].head_dim == dim]
+        keys, values = every_slabs(dim, key_bits), every_slabs(dim, value_bits)
+        key_kl = sum(curve.key.kl[places(curve.key.options, keys)] for curve in some)
+        value_kl = sum(curve.value.kl[places(curve.value.options, values)] for curve in some if curve.value is not None)
+        key_cost, value_cost = (np.array([promised_bytes(s, dim, SEGMENT) for s in options]) for options in (keys, values))
+        pairs = key_cost[:, None] + value_cost[None, :]
+        if pairs.min() > (most := share * 4 * dim * SEGMENT):
+            raise ValueError(f"the smallest plan takes {pairs.min()} of {most} bytes")
+        total = np.where(pairs <= most, np.asarray(key_kl)[:, None] + np.asarray(value_kl)[None, :], np.inf)
+        key, value = np.unravel_index(int(total.argmin()), total.shape)
+        plan |= {i: [HeadPlan(keys[key], values[value])] * layer.kv_heads for i, layer in _layers(geometry) if layer.head_dim == dim}
+    return dict(sorted(plan.items()))
+
+
+def random_plan(menus: Menus, budget: int, generator: np.random.Generator) -> Plan:
+    """A plan of about the same cost, drawn at random: what `spend` makes of KLs that are wrong by random factors per head.
+
+    Each plan draws how far it takes heads for equally important, t from 0 to 1, and how wrong it is besides, σ from 0 to 4; a head's KL
+    is then multiplied by (its largest KL)^-t · exp(σ x), x normal. So plans reach from nearly right to blind.
+    """
+    tempered, sigma = generator.uniform(0, 1), generator.uniform(0, 4)
+    wrong = {}
+    for pair, menu in menus.items():
+        factor = float(menu.kl.max()) ** -tempered * float(np.exp(sigma * generator.standard_normal()))
+        wrong[pair] = Menu(menu.options, menu.cost, menu.kl * factor)
+    return plan_from_choice(spend(wrong, budget), menus)
+
+
+def _layers(geometry: Geometry) -> list[tuple[int, LayerGeometry]]:
+    return [(i, geometry.layers[i]) for i in geometry.compressible]

@@ -5,12 +5,14 @@ Tensors of `rotatek.safetensors`, for each compressed layer i and token kind `vi
     layers.{i}.{kind}.key_mean      float32 [Hkv, D]        layers.{i}.{kind}.value_mean      likewise for Values
     layers.{i}.{kind}.key_encode    float16 [Hkv, D, D]     layers.{i}.{kind}.value_encode; float32 where float16 is too coarse
     layers.{i}.{kind}.key_spectrum  float32 [Hkv, D]        layers.{i}.{kind}.value_spectrum
-    layers.{i}.key_rank             int32   [Hkv]           the plan: directions kept, a multiple of 8, zero allowed
-    layers.{i}.sensitivity          float32 [Hkv, levels]   measured KL (nats) when this head alone is cut to a level
+    layers.{i}.key_plan             int32   [Hkv, 3]        the plan: native, 8-bit and 4-bit directions (kernels/slabs.py); value_plan
+    layers.{i}.key_sensitivity      float32 [Hkv, levels]   measured KL (nats) when this head's Keys alone are cut to a level;
+                                                            value_sensitivity, which plans by keep ratio can do without
     layers.{i}.knockout             float32 [Hkv]           the same when its image Keys and Values become their means (knockout.py);
                                                             artifacts of the first versions have none
 
-An artifact compiled for a rival method (`Method.rival`) holds `knockout` alone.
+An artifact compiled for a rival method (`Method.rival`) holds `knockout` alone. Format 1 had `key_rank` int32 [Hkv] (native Keys, raw
+Values) and `sensitivity` of ranks; it is read as what it says in the present format.
 
 `encode` is stored in float16, not bf16: its condition reaches hundreds, and rounding it to 8 bits of mantissa moves its smallest
 singular values by their own size. `packing.py` checks what rounding does and says when float32 stays. In memory it is float32.
@@ -45,6 +47,7 @@ from .hub import HubArtifact
 from .names import ALLOCATIONS, SPANS
 from .output import CONFIG_FILE
 from .packing import compact
+from .plan import Plan, plan_of
 from .untrusted import printable, read_json
 
 __all__ = [
@@ -79,18 +82,23 @@ class Artifact:
     path: Path | None = None
     remote: HubArtifact | None = None  # where it was fetched from, for one named by a Hub id
 
-    def ranks(self) -> dict[int, list[int]]:
-        """Directions kept per KV head, by layer; empty for a rival, which keeps none of ours."""
+    def plan(self) -> Plan:
+        """What every KV head keeps of its Keys and Values, by layer; empty for a rival, which keeps none of ours."""
         if self.method.rival is not None:
             return {}
-        return {i: self.tensors[f"layers.{i}.key_rank"].tolist() for i in self.geometry.compressible}
+        return plan_of(self.tensors, self.geometry.compressible)
+
+    def sensitivity(self, side: str) -> dict[int, Tensor]:
+        """Measured KL of `key` or `value` cut to `method.levels`, fp32 [Hkv, levels] by layer; empty where it was not measured."""
+        found = {i: self.tensors.get(f"layers.{i}.{side}_sensitivity") for i in self.geometry.compressible}
+        return {i: table for i, table in found.items() if table is not None}
 
     def knockout(self) -> dict[int, Tensor]:
         """Measured knock-outs, fp32 [Hkv] by layer; empty for artifacts that have none."""
         return {i: t for i in self.geometry.compressible if (t := self.tensors.get(f"layers.{i}.knockout")) is not None}
 
     def bytes_per_token(self) -> float:
-        """Bytes of one coded token over all compressed layers: codes and raw Values at 2 bytes a number, no per-image parts.
+        """Bytes of one coded token over all compressed layers, native numbers at 2 bytes: codes alone, no per-image parts.
 
         For a rival a share of an image of `IMAGE_TOKENS` tokens, with everything that must be kept of it.
         """
@@ -100,8 +108,7 @@ class Artifact:
             coder = PreparedArtifact(self).coder
             assert coder is not None
             return sum(coder.bytes_of(IMAGE_TOKENS, i) for i in self.geometry.compressible) / IMAGE_TOKENS
-        layers = self.geometry.layers
-        return float(sum(2 * sum(ranks) + 2 * layers[i].kv_heads * layers[i].head_dim for i, ranks in self.ranks().items()))
+        return float(sum(head.bytes_per_token for heads in self.plan().values() for head in heads))
 
 
 def library_versions() -> dict[str, str]:
@@ -160,11 +167,11 @@ def read_artifact(path: str | Path) -> Artifact:
     check_sections(config, where)
     check_base_model(config["base_model"], where)
     geometry = read_geometry(config.get("geometry"), where)
-    method = read_method(config.get("rotatek"), where)
+    method = read_method(config.get("rotatek"), where, config["format_version"])
     if method.text_only != geometry.text_only and method.rival is None:
         ids = list(geometry.visual_token_ids)
         raise ArtifactError(f"{where}: text_only is {method.text_only} but visual_token_ids are {ids}; compile the artifact again")
-    tensors = read_tensors(path, config["files"], geometry, method)
+    tensors = read_tensors(path, config["files"], geometry, method, config["format_version"])
     report = read_json(path, REPORT_FILE, MAX_REPORT) if os.path.lexists(path / REPORT_FILE) else {}
     return Artifact(geometry, method, tensors, config["base_model"], config["calibration"], report, config.get("libraries", {}), path)
 

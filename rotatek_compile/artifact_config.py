@@ -13,11 +13,12 @@ from typing import Any
 
 from .errors import ArtifactError
 from .geometry import Geometry
-from .names import ALLOCATIONS, BASES, SPANS
+from .kernels.slabs import UNIT, Slabs, check_slabs
+from .names import ALLOCATIONS, BASES, BITS, SPANS
 from .untrusted import shown
 
-FORMAT_VERSION = 1
-RANK_STEP = 8
+FORMAT_VERSION = 2
+RANK_STEP = UNIT
 AGAIN = "compile the artifact again"
 
 # Far above any model, far below what would hurt.
@@ -38,15 +39,17 @@ class Method:
     basis: str = "two-sided"
     span: str = "visual"
     window: int = 128  # newest text tokens kept raw
-    keep_ratio: float = 0.25  # fraction of Key directions kept, mean over heads
+    keep_ratio: float = 0.25  # fraction of Key directions kept, mean over heads; what the plan came to where another budget set it
     allocation: str = "allocated"
-    key_bits: str = "native"
-    value_bits: str = "native"
+    key_bits: str = "native"  # precision of the Keys that are kept: one for all of them, or auto for several
+    value_bits: str = "native"  # native Values are raw; another precision means codes in a basis
     prior_tokens: int = 256  # n0 of DESIGN.md §4.6: how many tokens the calibrated covariance is worth
     fallback_factor: float = 8.0  # a head whose discarded energy exceeds this many times the expected one keeps more; 0 turns it off
-    levels: tuple[int, ...] = ()  # ranks at which sensitivities were measured
+    escape_ratio: float = 0.0  # share of a segment's tokens that stay raw in every head: those its codes would lose most of
+    levels: tuple[Slabs, ...] = ()  # at which sensitivities were measured, the same for Keys and Values
     rival: str | None = None  # another method than ours, by its name in runtime/rivals/registry.py
-    kv_budget: float | None = None  # a rival's share of the dense bytes, where it was set by bytes and not by keep_ratio
+    kv_budget: float | None = None  # share of the dense bytes, where it was set by bytes and not by keep_ratio
+    max_kl: float | None = None  # nats per answer token that the budget was chosen for
     text_only: bool = False  # the model reads no images, so only text is coded
 
     @property
@@ -60,10 +63,17 @@ class Method:
     def words(self) -> str:
         """Method and setting for people."""
         if self.rival is None:
-            return f"basis {self.basis}, {self.allocation} ranks, keep ratio {self.keep_ratio}"
+            return self._own_words()
         if self.kv_budget is not None:
             return f"rival method {self.rival}, KV budget {self.kv_budget}"
         return f"rival method {self.rival}" + (f", keep ratio {self.keep_ratio}" if self.keep_ratio < 1 else "")
+
+    def _own_words(self) -> str:
+        if self.kv_budget is not None:
+            wanted = f" for at most {self.max_kl:g} nats" if self.max_kl is not None else ""
+            return f"basis {self.basis}, {self.allocation} directions and bits, KV budget {self.kv_budget:.4g}{wanted}"
+        precise = [f"{side} at {bits} bits" for side, bits in (("Keys", self.key_bits), ("Values", self.value_bits)) if bits != "native"]
+        return ", ".join([f"basis {self.basis}", f"{self.allocation} ranks", f"keep ratio {self.keep_ratio}", *precise])
 
 
 def check_sections(config: dict[str, Any], where: str) -> None:
@@ -161,8 +171,8 @@ def _check_layer(layer: Any, where: str) -> None:
         raise ArtifactError(f"{where} has {heads}, which do not divide; {AGAIN}")
 
 
-def read_method(data: Any, where: str) -> Method:
-    """Section rotatek.
+def read_method(data: Any, where: str, version: int = FORMAT_VERSION) -> Method:
+    """Section rotatek; the first format names a level by its native directions alone.
 
     Raises:
         ArtifactError: as `check_sections`.
@@ -174,22 +184,25 @@ def read_method(data: Any, where: str) -> Method:
     _warn_unknown(set(data) - names, where)
     values = {k: v for k, v in data.items() if k in names}
     levels = values.get("levels", [])
-    if not isinstance(levels, list) or len(levels) > MAX_LIST or not all(_whole(i, 0, MAX_HEAD_DIM) for i in levels):
-        raise ArtifactError(f"{where}: levels is {shown(levels)}, expected a list of ranks; {AGAIN}")
-    method = Method(**values | {"levels": tuple(levels)})
+    if not isinstance(levels, list) or len(levels) > MAX_LIST or not all(_level(level, version) for level in levels):
+        kind = "ranks" if version == 1 else "[native, 8-bit, 4-bit] directions"
+        raise ArtifactError(f"{where}: levels is {shown(levels)}, expected a list of {kind}; {AGAIN}")
+    method = Method(**values | {"levels": tuple(Slabs(level) if version == 1 else Slabs(*level) for level in levels)})
     checks = {
         "basis": method.basis in BASES,
         "span": method.span in SPANS,
         "allocation": method.allocation in ALLOCATIONS,
-        "key_bits": method.key_bits == "native",
-        "value_bits": method.value_bits == "native",
+        "key_bits": method.key_bits in BITS,
+        "value_bits": method.value_bits in BITS,
         "window": _whole(method.window, 1, MAX_TOKENS),
         "keep_ratio": _number(method.keep_ratio) and 0 <= method.keep_ratio <= 1,
         "prior_tokens": _whole(method.prior_tokens, 0, MAX_TOKENS),
         "fallback_factor": _number(method.fallback_factor) and 0 <= method.fallback_factor <= 1e9,
+        "escape_ratio": _number(method.escape_ratio) and 0 <= method.escape_ratio <= 0.25,
         "rival": method.rival is None or (isinstance(method.rival, str) and len(method.rival) <= MAX_TEXT),
         "text_only": method.text_only is False or (method.text_only is True and method.span == "all" and method.rival is None),
         "kv_budget": method.kv_budget is None or (_number(method.kv_budget) and 0 < method.kv_budget <= 1),
+        "max_kl": method.max_kl is None or (_number(method.max_kl) and 0 <= method.max_kl <= 1e9),
     }
     for name, good in checks.items():
         if not good:
@@ -202,6 +215,19 @@ def _warn_unknown(keys: set[str], where: str) -> None:
         few = sorted(keys)[:8]
         more = f" and {len(keys) - len(few)} more" if len(keys) > len(few) else ""
         warnings.warn(f"{where}: ignoring unknown keys {', '.join(key[:60] for key in few)}{more}", stacklevel=4)
+
+
+def _level(value: Any, version: int) -> bool:
+    """Whether a level is a rank (first format), or native, 8-bit and 4-bit directions that a head could keep."""
+    if version == 1:
+        return _whole(value, 0, MAX_HEAD_DIM) and value % UNIT == 0
+    if not isinstance(value, list) or len(value) != 3 or not all(_whole(part, 0, MAX_HEAD_DIM) for part in value):
+        return False
+    try:
+        check_slabs(Slabs(*value), MAX_HEAD_DIM)
+    except ValueError:
+        return False
+    return True
 
 
 def _whole(value: Any, low: int, high: int) -> bool:

@@ -1,7 +1,7 @@
 """rotatek.safetensors: what it must hold for a geometry and a method, read once, checked, then used.
 
 The order is that of the damage each step could do: the size the geometry calls for, the header (names, shapes, dtypes), the checksum,
-the numbers.
+the numbers. What the first format called otherwise gets its present name last.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .artifact_config import AGAIN, RANK_STEP, Method
+from .artifact_config import AGAIN, FORMAT_VERSION, Method
 from .bases import MAX_CONDITION
 from .errors import ArtifactError
 from .geometry import Geometry
+from .kernels.slabs import UNIT, Slabs, check_slabs
+from .plan import SIDES
 from .untrusted import parse_json, read_file, shown
 
 TENSOR_FILE = "rotatek.safetensors"
@@ -45,15 +47,32 @@ class Expected:
         return count
 
 
-def expected_tensors(geometry: Geometry, method: Method, knockouts: bool) -> dict[str, Expected]:
-    """Every tensor of an artifact by name (described in artifact.py); `knockouts`: it holds them."""
+OPTIONAL = ("knockout", "value_sensitivity")
+"""What a layer may lack, then in all layers: older artifacts have not measured it."""
+
+
+def expected_tensors(
+    geometry: Geometry, method: Method, optional: tuple[str, ...] = OPTIONAL, version: int = FORMAT_VERSION
+) -> dict[str, Expected]:
+    """Every tensor of an artifact by name (described in artifact.py).
+
+    Args:
+        optional: which of `OPTIONAL` it holds.
+        version: of the format; the first had ranks of the Keys and one sensitivity.
+    """
     tensors: dict[str, Expected] = {}
     for i in geometry.compressible:
         heads, dim = geometry.layers[i].kv_heads, geometry.layers[i].head_dim
         if method.rival is None:
-            tensors[f"layers.{i}.key_rank"] = Expected((heads,), "int32")
-            tensors[f"layers.{i}.sensitivity"] = Expected((heads, len(method.levels)))
-        if knockouts:
+            kl = Expected((heads, len(method.levels)))
+            if version == 1:
+                tensors[f"layers.{i}.key_rank"], tensors[f"layers.{i}.sensitivity"] = Expected((heads,), "int32"), kl
+            else:
+                tensors |= {f"layers.{i}.{side}_plan": Expected((heads, 3), "int32") for side in SIDES}
+                tensors[f"layers.{i}.key_sensitivity"] = kl
+                if "value_sensitivity" in optional:
+                    tensors[f"layers.{i}.value_sensitivity"] = kl
+        if "knockout" in optional:
             tensors[f"layers.{i}.knockout"] = Expected((heads,))
         for kind in method.kinds if method.rival is None else ():
             for side in ("key", "value"):
@@ -63,8 +82,10 @@ def expected_tensors(geometry: Geometry, method: Method, knockouts: bool) -> dic
     return tensors
 
 
-def read_tensors(directory: Path, files: dict[str, Any], geometry: Geometry, method: Method) -> dict[str, Tensor]:
-    """The checked tensors of an artifact; tensors it has no use for are left out with a warning.
+def read_tensors(
+    directory: Path, files: dict[str, Any], geometry: Geometry, method: Method, version: int = FORMAT_VERSION
+) -> dict[str, Tensor]:
+    """The checked tensors of an artifact, under their present names; tensors it has no use for are left out with a warning.
 
     Memory is at most about twice the file and the largest tensor in float64; the file at most twice what the geometry calls for.
 
@@ -75,21 +96,41 @@ def read_tensors(directory: Path, files: dict[str, Any], geometry: Geometry, met
         ArtifactError: one sentence naming the file, the tensor, the value seen and what to do.
     """
     file = directory / TENSOR_FILE
-    most = sum(tensor.bytes for tensor in expected_tensors(geometry, method, True).values())
+    most = sum(tensor.bytes for tensor in expected_tensors(geometry, method).values())
     if most > MAX_BYTES:
         raise ArtifactError(f"{directory}: the geometry calls for {most} bytes of tensors, at most {MAX_BYTES} are read; {AGAIN}")
     data = read_file(directory, TENSOR_FILE, 2 * most + MAX_HEADER)
     header = _header(file, data)
     _check_sum(file, data, files)
-    knockouts = method.rival is not None or any(name.endswith(".knockout") for name in header)
-    expected = expected_tensors(geometry, method, knockouts)
+    optional = tuple(part for part in OPTIONAL if any(name.endswith(f".{part}") for name in header))
+    if method.rival is not None:
+        optional = ("knockout",)
+    expected = expected_tensors(geometry, method, optional, version)
     _check_header(file, header, expected)
     tensors = _load(file, data)
     for name in expected:
         _check_numbers(file, name, tensors[name])
+    found = {name: tensors[name].float() if expected[name].dtype == "float16" else tensors[name] for name in expected}
     for i in geometry.compressible if method.rival is None else ():
-        _check_plan(file, i, tensors[f"layers.{i}.key_rank"], geometry.layers[i].head_dim)
-    return {name: tensors[name].float() if expected[name].dtype == "float16" else tensors[name] for name in expected}
+        dim = geometry.layers[i].head_dim
+        if version == 1:
+            _check_rank(file, i, found[f"layers.{i}.key_rank"], dim)
+            found |= _present(found, i, dim)
+        for side in SIDES:
+            _check_plan(file, f"layers.{i}.{side}_plan", found[f"layers.{i}.{side}_plan"], dim)
+    return found
+
+
+def _present(found: dict[str, Tensor], layer: int, dim: int) -> dict[str, Tensor]:
+    """Plan and sensitivities of one layer of the first format, taken out of `found`, as they stand in this one.
+
+    A rank was one of native Keys; Values were raw.
+    """
+    ranks = found.pop(f"layers.{layer}.key_rank").to(torch.int32)
+    plans = torch.zeros(2, len(ranks), 3, dtype=torch.int32)
+    plans[0, :, 0], plans[1, :, 0] = ranks, dim
+    kl = found.pop(f"layers.{layer}.sensitivity")
+    return {f"layers.{layer}.{side}_plan": plan for side, plan in zip(SIDES, plans, strict=True)} | {f"layers.{layer}.key_sensitivity": kl}
 
 
 def _header(file: Path, data: bytes) -> dict[str, Any]:
@@ -162,7 +203,16 @@ def _check_numbers(file: Path, name: str, tensor: Tensor) -> None:
             raise ArtifactError(f"{file}: tensor {name} is not safely invertible (singular values up to {worst:.3g}); {AGAIN}")
 
 
-def _check_plan(file: Path, layer: int, rank: Tensor, dim: int) -> None:
-    if bool(((rank < 0) | (rank > dim) | (rank % RANK_STEP != 0)).any()):
+def _check_rank(file: Path, layer: int, rank: Tensor, dim: int) -> None:
+    """The plan of the first format."""
+    if bool(((rank < 0) | (rank > dim) | (rank % UNIT != 0)).any()):
         seen = shown(rank.tolist())
         raise ArtifactError(f"{file}: plan layers.{layer}.key_rank is {seen}, allowed are multiples of 8 from 0 to {dim}; {AGAIN}")
+
+
+def _check_plan(file: Path, name: str, plan: Tensor, dim: int) -> None:
+    for slabs in plan.tolist():
+        try:
+            check_slabs(Slabs(*slabs), dim)
+        except ValueError as error:
+            raise ArtifactError(f"{file}: tensor {name}: {error}; {AGAIN}") from error

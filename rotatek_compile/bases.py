@@ -30,6 +30,16 @@ class Basis:
     spectrum: Tensor
 
 
+def balance(energy: Tensor) -> Tensor:
+    """Scale per direction that gives Key codes and rotated queries like size (free to choose, DESIGN.md §4.3).
+
+    In whitened coordinates a direction has query variance 1 and Key variance `energy` [..., R]; scaling codes by
+    energy^{-1/4} and queries by its inverse makes both energy^{1/2}, which keeps fp16 codes away from overflow and underflow.
+    """
+    floor = 1e-6 * energy.amax(-1, keepdim=True).clamp_min(1e-12)
+    return energy.maximum(floor) ** -0.25
+
+
 def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending, clipped at 0) and eigenvectors (columns) of symmetric [..., D, D] in fp64."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT).double() / 2)

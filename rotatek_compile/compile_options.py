@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .names import ALLOCATIONS, BASES, METHODS, OURS, SPANS, refuse_unknown
+from .names import ALLOCATIONS, BASES, BITS, METHODS, OURS, SPANS, refuse_unknown
 
-KEEP_RATIO = 0.25  # our own method's, where none is given
+if TYPE_CHECKING:
+    from .artifact_config import Method
+
+KEEP_RATIO = 0.25  # our own method's, where no budget is given
+SENSITIVITY_SAMPLES = 36  # four of each skill of `mixed`: a head that none of them needs would look worthless
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +28,17 @@ class CompileOptions:
     calib: str
     output: Path
     method: str = OURS  # or a rival's name (runtime/rivals/registry.py)
-    keep_ratio: float | None = None  # KEEP_RATIO for our own method
-    kv_budget: float | None = None  # rivals only
+    keep_ratio: float | None = None  # KEEP_RATIO for our own method without another budget
+    kv_budget: float | None = None  # fraction of the dense bytes of Keys and Values
+    max_kl: float | None = None  # nats per answer token
+    key_bits: str | None = None  # native with a keep ratio, auto with a budget of bytes
+    value_bits: str | None = None
     basis: str = "two-sided"
     allocation: str = "allocated"
     span: str = "visual"
     window: int = 128
     num_samples: int = 64
+    sensitivity_samples: int | None = None  # documents on which cuts are measured; SENSITIVITY_SAMPLES, or num_samples if that is fewer
     batch_size: int = 4
     seed: int = 0
     dtype: str | None = None
@@ -45,10 +54,14 @@ class CompileOptions:
     def __post_init__(self) -> None:
         refuse_unknown("method", self.method, METHODS)
         if self.method == OURS:
-            if self.kv_budget is not None:
-                raise UsageError(f"--kv-budget comes with a rival --method; {OURS} is set by --keep-ratio, use --keep-ratio")
-            object.__setattr__(self, "keep_ratio", KEEP_RATIO if self.keep_ratio is None else self.keep_ratio)
+            self._check_budget()
         else:
+            for name in ("max_kl", "key_bits", "value_bits"):
+                if getattr(self, name) is not None:
+                    option = name.replace("_", "-")
+                    raise UsageError(
+                        f"--{option} comes with --method {OURS}; rivals have their own codes: leave it out, or use --kv-budget"
+                    )
             for name, default in (("span", "visual"), ("basis", "two-sided"), ("allocation", "allocated")):
                 if (seen := getattr(self, name)) != default:
                     raise UsageError(f"--{name} {seen} comes with --method {OURS}; rivals code images, in their own way: leave it out")
@@ -56,8 +69,52 @@ class CompileOptions:
             raise UsageError(f"--kv-budget {self.kv_budget} is out of range; it is a fraction of the dense bytes, above 0 and up to 1")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise UsageError(f"--keep-ratio {self.keep_ratio} is out of range; it is a fraction kept, above 0 and up to 1")
-        for name, least in (("window", 1), ("num_samples", 1), ("batch_size", 1)):
+        for name, least in (("window", 1), ("num_samples", 1), ("sensitivity_samples", 1), ("batch_size", 1)):
+            if getattr(self, name) is None:
+                continue
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is out of range; it must be at least {least}")
+        if self.sensitivity_samples is None:
+            object.__setattr__(self, "sensitivity_samples", min(SENSITIVITY_SAMPLES, self.num_samples))
+        elif self.sensitivity_samples > self.num_samples:
+            raise UsageError(
+                f"--sensitivity-samples {self.sensitivity_samples} are more documents than --num-samples {self.num_samples}; raise that"
+            )
         for name, allowed in (("basis", BASES), ("allocation", ALLOCATIONS), ("span", SPANS)):
             refuse_unknown(name, getattr(self, name), allowed)
+
+    def _check_budget(self) -> None:
+        """One of the three budgets, and the bits that go with it."""
+        given = [name for name in ("keep_ratio", "kv_budget", "max_kl") if getattr(self, name) is not None]
+        if len(given) > 1:
+            words = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{words} are budgets of different kinds; give one of them")
+        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
+            raise UsageError(f"--max-kl {self.max_kl} is out of range; it is in nats per answer token, above 0")
+        by_ratio = given in ([], ["keep_ratio"])
+        if by_ratio and self.keep_ratio is None:
+            object.__setattr__(self, "keep_ratio", KEEP_RATIO)
+        for name in ("key_bits", "value_bits"):
+            if (bits := getattr(self, name)) is None:
+                object.__setattr__(self, name, "native" if by_ratio else "auto")
+            else:
+                refuse_unknown(name.replace("_", "-"), bits, BITS)
+        if by_ratio and self.value_bits == "auto":
+            raise UsageError("--value-bits auto comes with --kv-budget or --max-kl; with --keep-ratio choose native, 8 or 4")
+
+    def own_method(self) -> Method:
+        """What an artifact says of our own method: these options, before anything is measured."""
+        from .artifact_config import Method
+
+        assert self.key_bits is not None and self.value_bits is not None
+        return Method(
+            basis=self.basis,
+            span=self.span,
+            window=self.window,
+            keep_ratio=1.0 if self.keep_ratio is None else self.keep_ratio,
+            allocation=self.allocation,
+            key_bits=self.key_bits,
+            value_bits=self.value_bits,
+            kv_budget=self.kv_budget,
+            max_kl=self.max_kl,
+        )

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import allocate as allocation
-from .allocate import Plan
 from .artifact import Artifact, Method, library_versions, write_artifact
 from .bases import Basis, calibrated_basis, two_sided
 from .batches import Encoded, end_ids, processor_hash, rope_index, template_hash
@@ -21,13 +19,15 @@ from .calibration_data.registry import DataSource, open_data
 from .card import model_card
 from .card_picture import draw_heads
 from .compile_options import CompileOptions
+from .compile_report import report
 from .compile_rival import compile_rival, rival_artifact
+from .cost_curves import dense_bytes, plan_bytes
 from .cutter import Cutter, Prefilled
 from .documents import Documents, usable
 from .errors import RotateKError, UsageError
 from .geometry import Geometry
 from .hub import PICTURE_FILE, check_space
-from .knockout import diagnosis, measure_knockouts
+from .knockout import measure_knockouts
 from .models import (
     Source,
     checked_geometry,
@@ -45,10 +45,13 @@ from .names import OURS
 from .output import atomic_directory, refuse_existing
 from .parallel import Processes, local_device, processes
 from .placement import AUTO
-from .sensitivity import NOTHING, JointCheck, levels_for, measure
+from .plan import SIDES, Plan, plan_tensors
+from .planning import Costs, refuse_too_small, searches_for, searches_of_bytes, smallest_share, stated, uniform_of
+from .repair import repaired, smallest_within
+from .sensitivity import NOTHING, JointCheck, Sensitivities, levels_for, measure
 from .weights import check_include, include_weights
 
-SENSITIVITY_DOCUMENTS = 18  # two of each skill of `mixed`: a head that none of them needs would look worthless
+Bases = dict[str, dict[int, Basis]]  # by side and layer
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -64,15 +67,20 @@ class CompilePlan:
     dtype: torch.dtype
     rival: Artifact | None  # what a rival's artifact will be, but for its measured tensors
 
-    def bytes_per_token(self, keep_ratio: float | None) -> tuple[int, float]:
-        """Dense bytes per coded token over the compressed layers, and those of the plan's codes and raw Values (or of the rival)."""
+    def bytes_per_token(self, method: Method | None) -> tuple[int, float | None]:
+        """Dense bytes per coded token over the compressed layers, and about those of the plan's codes (or of the rival).
+
+        None where measuring has to say.
+        """
         dense = self.geometry.dense_bytes_per_token()
         if self.rival is not None:
             return dense, self.rival.bytes_per_token()
-        assert keep_ratio is not None
-        ranks = allocation.uniform_plan(self.geometry, keep_ratio)
-        values = dense / 2
-        return dense, values + sum(2 * sum(r) for r in ranks.values())
+        if method is None or method.max_kl is not None:
+            return dense, None
+        if method.kv_budget is not None:
+            return dense, method.kv_budget * dense
+        plan = uniform_of(self.geometry, method)
+        return dense, float(sum(head.bytes_per_token for heads in plan.values() for head in heads))
 
 
 def prepare(options: CompileOptions) -> CompilePlan:
@@ -87,6 +95,8 @@ def prepare(options: CompileOptions) -> CompilePlan:
         check_include(source, options.output)
     rival = None if options.method == OURS else rival_artifact(options, geometry, None)
     _check_span(options, geometry)
+    if options.method == OURS and options.kv_budget is not None:
+        refuse_too_small(geometry, options.kv_budget)
     data = open_data(options.calib, "calibration", options.seed, options.calib_revision, images=not geometry.text_only)
     device = choose_device(options.device)
     return CompilePlan(source, config, geometry, data, device, choose_dtype(options.dtype, config, device), rival)
@@ -120,7 +130,8 @@ def compile_artifact(options: CompileOptions) -> dict[str, Any]:
 def _compile(options: CompileOptions, together: Processes) -> dict[str, Any]:
     start = time.perf_counter()
     plan = prepare(options)
-    wanted = options.num_samples if options.method == OURS else min(options.num_samples, SENSITIVITY_DOCUMENTS)
+    assert options.sensitivity_samples is not None
+    wanted = options.num_samples if options.method == OURS else options.sensitivity_samples
     samples = usable(plan.data, wanted, plan.geometry.text_only)  # before weights are loaded: a picture that does not open is said at once
     if len(samples) == 1:
         warnings.warn(f"{plan.data.name} has one calibration document: what is kept fits that one; pass dozens like yours", stacklevel=2)
@@ -162,9 +173,17 @@ def _compile(options: CompileOptions, together: Processes) -> dict[str, Any]:
         "knockout": artifact.report["knockout"],
     }
     if options.method == OURS:
-        ranks = {str(i): r for i, r in artifact.ranks().items()}
-        kept_aside = artifact.calibration["kept_aside"]
-        return summary | {"plan": {"predicted_kl": artifact.report["plan_kl"], "kept_aside": kept_aside, "ranks": ranks}}
+        decided = artifact.plan()
+        return summary | {
+            "plan": {
+                "predicted_kl": artifact.report["plan_kl"],
+                "kept_aside": artifact.calibration["kept_aside"],
+                "share": artifact.report["segment"]["bytes"] / artifact.report["segment"]["dense_bytes"],
+                "setting": artifact.method.words,
+                "ranks": {str(i): [head.key.rank for head in heads] for i, heads in decided.items()},
+                "heads": {str(i): [{side: list(getattr(head, side)) for side in SIDES} for head in heads] for i, heads in decided.items()},
+            }
+        }
     return summary | {"plan": {"setting": artifact.method.words}}
 
 
@@ -180,52 +199,68 @@ def compile_ours(
 ) -> Artifact:
     """Moments, bases, sensitivities, knock-outs and the plan of our own method."""
     geometry = plan.geometry
-    assert options.keep_ratio is not None
-    aside = len(items) // 8 if len(items) > 1 else 0  # kept for checking the joint plan
-    used, held = items[: len(items) - aside], items[len(items) - aside :]
+    assert options.sensitivity_samples is not None
+    used, read, checked = shared_out(items, options.sensitivity_samples)
 
     key = {"base": base, "record": record, "documents": len(used), "dtype": DTYPE_NAMES[plan.dtype], "geometry": geometry.to_json()}
     before = time.perf_counter()
     moments = calibrate_together(model, used, geometry, key, options.batch_size, options.resume, pad_id, options.quiet, together)
-    method = Method(
-        basis=options.basis,
-        span=options.span,
-        window=options.window,
-        keep_ratio=options.keep_ratio,
-        allocation=options.allocation,
-        levels=levels_for(geometry.layers[geometry.compressible[0]].head_dim),
-        text_only=geometry.text_only,
-    )
+    levels = levels_for(max(geometry.layers[i].head_dim for i in geometry.compressible))
+    method = replace(options.own_method(), levels=levels, text_only=geometry.text_only)
     if lack := moments.missing(geometry, method.kinds):
         wanted = "longer questions" if geometry.text_only else "images and questions after them"
         raise RotateKError(f"the calibration data cannot be used: {lack}; pass documents with {wanted}")
-    query = {i: moments.query_moment(i) for i in geometry.compressible}
-    bases = {
-        kind: {i: calibrated_basis(method.basis, moments.covariance(i, kind, "key"), query[i]) for i in query} for kind in method.kinds
-    }
+    bases = {kind: bases_of(moments, geometry, method.basis, kind) for kind in method.kinds}
     seconds_moments = time.perf_counter() - before
 
     before = time.perf_counter()
     main = bases[method.kinds[0]]  # of images, unless the model reads text alone
-    cutter = Cutter(model, geometry, main, span_all=method.span == "all")
-    read, rows = used[:SENSITIVITY_DOCUMENTS], geometry.rows_at_once(options.batch_size)
+    cutter = Cutter(model, geometry, main["key"], method.span == "all", main["value"])
+    rows = geometry.rows_at_once(options.batch_size)
     measured = measure(cutter, together.share(read), method.levels, options.quiet, rows, together)
-    sensitivities = measured.kl
-    if (method.span == "visual" or method.text_only) and method.levels[0] == 0:
-        knockouts = {i: table[:, 0].clone() for i, table in sensitivities.items()}  # the same thing: see knockout.py
+    if method.span == "visual" or method.text_only:
+        knockouts = {i: table[:, 0].clone() for i, table in measured.key.items()}  # no direction of the Keys: see knockout.py
     else:
         knockouts = measure_knockouts(cutter, together.share(read), options.quiet, rows, together)
-    docs = _prefilled(cutter, together.share((held or used)[:SENSITIVITY_DOCUMENTS]), rows)
-    ranks, checks = plan_from(geometry, main, sensitivities, JointCheck(cutter, docs, together), method)
+    docs = prefilled(cutter, together.share(checked or read), rows)
+    spectra = {side: {i: basis.spectrum for i, basis in main[side].items()} for side in SIDES}
+    costs = Costs.of(geometry, method.levels, {"key": measured.key, "value": measured.value}, spectra)
+    decided, method, checks = plan_from(geometry, costs, JointCheck(cutter, docs, together), method)
     seconds_sensitivity = time.perf_counter() - before
 
-    tensors = artifact_tensors(geometry, method, moments, bases, ranks, sensitivities, knockouts)
+    tensors = artifact_tensors(geometry, method, moments, bases, decided, measured, knockouts)
     seconds = {"total": 0.0, "moments_and_bases": seconds_moments, "sensitivities": seconds_sensitivity}
-    record = record | {"documents": len(used), "kept_aside": len(held)}
+    record = record | {"documents": len(used), "sensitivity_documents": len(read), "kept_aside": len(checked)}
     artifact = Artifact(geometry, method, tensors, base, record, libraries=library_versions())
-    artifact.report = report(artifact, main, moments, sensitivities, checks, seconds)
+    artifact.report = report(artifact, main, moments, checks, seconds)
     artifact.report["sensitivity"] = {"nothing": NOTHING, "bounded": measured.bounded}
     return artifact
+
+
+def shared_out(items: Documents, sensitivity_samples: int) -> tuple[Documents, Documents, Documents]:
+    """Which documents give moments, which of these are read with cut heads, and which check the plan as a whole.
+
+    From eight on, the last eighth gives nothing but the check: what the plan costs on it is an honest figure. That alone would be few
+    documents (eight of 64, fewer than a set may have skills), and a plan repaired by what few say is fitted to them. So documents that
+    gave moments but were not read with cuts check it too, as many in all as are read: the plan comes from the cuts, and means and bases
+    of dozens of documents hardly know a single one. At least a quarter is left for checking. Fewer than eight are read all, and are the
+    check as well (none is returned for it).
+    """
+    count = len(items)
+    if count < 8:
+        return items, items[:sensitivity_samples], items[:0]
+    used = items[: count - count // 8]
+    reads = min(sensitivity_samples, count * 3 // 4)
+    return used, used[:reads], items[max(reads, count - sensitivity_samples) :]
+
+
+def bases_of(moments: Moments, geometry: Geometry, name: str, kind: str) -> Bases:
+    """Calibrated bases of a token kind: of the Keys by name, of the Values by what their errors do to the residual stream."""
+    layers = geometry.compressible
+    return {
+        "key": {i: calibrated_basis(name, moments.covariance(i, kind, "key"), moments.query_moment(i)) for i in layers},
+        "value": {i: two_sided(moments.covariance(i, kind, "value"), moments.output_gram(i)) for i in layers},
+    }
 
 
 def _check_span(options: CompileOptions, geometry: Geometry) -> None:
@@ -242,7 +277,7 @@ def _check_span(options: CompileOptions, geometry: Geometry) -> None:
         raise UsageError(f"--span visual codes images, and {options.model} reads text alone; use --span all")
 
 
-def _prefilled(cutter: Cutter, items: Sequence[Encoded], batch_size: int) -> list[Prefilled]:
+def prefilled(cutter: Cutter, items: Sequence[Encoded], batch_size: int) -> list[Prefilled]:
     """The documents prefilled, batch by batch; on a GPU, caches beyond a small part of the model's own size wait in main memory."""
     room = sum(p.numel() * p.element_size() for p in cutter.model.parameters()) // 16
     docs: list[Prefilled] = []
@@ -254,89 +289,58 @@ def _prefilled(cutter: Cutter, items: Sequence[Encoded], batch_size: int) -> lis
     return docs
 
 
-def plan_from(
-    geometry: Geometry, bases: dict[int, Basis], sensitivities: dict[int, Tensor], check: JointCheck, method: Method
-) -> tuple[Plan, dict[str, Any]]:
-    """Ranks per head for the method's budget, and what checking the whole plan gave; the main process decides for all."""
-    found: tuple[Plan, dict[str, Any]] = check.lead(lambda: _searched(geometry, bases, sensitivities, check, method))
+def plan_from(geometry: Geometry, costs: Costs, check: JointCheck, method: Method) -> tuple[Plan, Method, dict[str, Any]]:
+    """The plan for the method's budget, the method with what it came to, and what checking the whole plan gave.
+
+    The main process decides for all.
+    """
+    found: tuple[Plan, Method, dict[str, Any]] = check.lead(lambda: _searched(geometry, costs, check, method))
     return found
 
 
-def _searched(
-    geometry: Geometry, bases: dict[int, Basis], sensitivities: dict[int, Tensor], check: JointCheck, method: Method
-) -> tuple[Plan, dict[str, Any]]:
-    uniform = allocation.uniform_plan(geometry, method.keep_ratio)
-    if method.allocation == "uniform" or method.keep_ratio == 1:
-        return uniform, {"kl": check(uniform), "swaps": 0, "plan": "uniform"}
-    curves = {
-        i: [allocation.cost_curve(method.levels, heads[h], bases[i].spectrum[h]) for h in range(len(heads))]
-        for i, heads in sensitivities.items()
-    }
-    plan = allocation.allocate(geometry, curves, method.keep_ratio)
-    plan, kl, swaps = allocation.repair(plan, curves, check, uniform)
-    return plan, {"kl": kl, "swaps": swaps, "plan": "uniform" if plan == uniform else "allocated"}
+def _searched(geometry: Geometry, costs: Costs, check: JointCheck, method: Method) -> tuple[Plan, Method, dict[str, Any]]:
+    if method.max_kl is not None:
+        plan, kl, swaps = smallest_within(
+            lambda share: searches_of_bytes(geometry, costs, method, share),
+            check,
+            method.max_kl,
+            smallest_share(geometry),
+            alike=method.allocation == "uniform",
+            repair=method.allocation == "allocated",
+        )
+        method = replace(method, kv_budget=plan_bytes(geometry, plan) / dense_bytes(geometry))
+        return plan, stated(method, geometry, plan), {"kl": kl, "swaps": swaps, "plan": method.allocation}
+    searches = searches_for(geometry, costs, method)
+    if method.allocation == "uniform" or (method.kv_budget is None and method.keep_ratio == 1):
+        plan = searches[0].uniform
+        return plan, stated(method, geometry, plan), {"kl": check(plan), "swaps": 0, "plan": "uniform"}
+    if method.allocation == "energy":  # what knows of no measure is not repaired by one
+        plan = searches[0].plan(searches[0].best())
+        return plan, stated(method, geometry, plan), {"kl": check(plan), "swaps": 0, "plan": "energy"}
+    plan, kl, swaps = repaired(searches, check)
+    kind = "uniform" if plan == searches[0].uniform else "allocated"
+    return plan, stated(method, geometry, plan), {"kl": kl, "swaps": swaps, "plan": kind}
 
 
 def artifact_tensors(
     geometry: Geometry,
     method: Method,
     moments: Moments,
-    bases: dict[str, dict[int, Basis]],
-    ranks: Plan,
-    sensitivities: dict[int, Tensor],
-    knockouts: dict[int, Tensor] | None = None,
+    bases: dict[str, Bases],
+    plan: Plan,
+    sensitivities: Sensitivities,
+    knockouts: dict[int, Tensor],
 ) -> dict[str, Tensor]:
     """Everything of `rotatek.safetensors` (names in artifact.py)."""
-    tensors: dict[str, Tensor] = {}
+    tensors = plan_tensors(plan)
     for i in geometry.compressible:
-        tensors[f"layers.{i}.key_rank"] = allocation.plan_tensor(ranks[i])
-        tensors[f"layers.{i}.sensitivity"] = sensitivities[i]
-        if knockouts is not None:
-            tensors[f"layers.{i}.knockout"] = knockouts[i]
+        tensors[f"layers.{i}.key_sensitivity"], tensors[f"layers.{i}.value_sensitivity"] = sensitivities.key[i], sensitivities.value[i]
+        tensors[f"layers.{i}.knockout"] = knockouts[i]
         for kind in method.kinds:
-            values = two_sided(moments.covariance(i, kind, "value"), moments.output_gram(i))
-            for side, basis in (("key", bases[kind][i]), ("value", values)):
+            for side in SIDES:
+                basis = bases[kind][side][i]
                 prefix = f"layers.{i}.{kind}.{side}"
                 tensors[f"{prefix}_mean"] = moments.mean(i, kind, side).float()
                 tensors[f"{prefix}_encode"] = basis.encode.float()
                 tensors[f"{prefix}_spectrum"] = basis.spectrum.float()
     return tensors
-
-
-def report(
-    artifact: Artifact,
-    bases: dict[int, Basis],
-    moments: Moments,
-    sensitivities: dict[int, Tensor],
-    checks: dict[str, Any],
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """What `rotatek-inspect` shows: per layer and head the plan, kept energy, expected logit error and measured KL."""
-    layers, knockouts = [], artifact.knockout()
-    for i, ranks in artifact.ranks().items():
-        heads = []
-        for h, rank in enumerate(ranks):
-            spectrum = bases[i].spectrum[h]
-            total = float(spectrum.sum())
-            heads.append(
-                {
-                    "rank": rank,
-                    "energy_kept": float(spectrum[:rank].sum()) / total if total > 0 else 1.0,
-                    "expected_squared_logit_error": float(spectrum[rank:].sum()),
-                    "kl_when_cut": [float(x) for x in sensitivities[i][h]],
-                    "kl_when_knocked_out": float(knockouts[i][h]) if knockouts else None,
-                }
-            )
-        layers.append({"layer": i, "heads": heads})
-    dense = artifact.geometry.dense_bytes_per_token()
-    return {
-        "levels": list(artifact.method.levels),
-        "plan_kl": checks["kl"],
-        "plan_swaps": checks["swaps"],
-        "plan_kind": checks["plan"],
-        "kv_bytes_per_token": {"dense": dense, "compressed": artifact.bytes_per_token()},
-        "calibration_tokens": {k: int(moments.sums[f"{artifact.geometry.compressible[0]}.{k}.count"]) for k in artifact.method.kinds},
-        "seconds": seconds,
-        "knockout": diagnosis(knockouts) if knockouts else None,
-        "layers": layers,
-    }

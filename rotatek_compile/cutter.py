@@ -1,4 +1,4 @@
-"""Documents prefilled once and read again with cut Keys: one head's image Keys become their rank-r rebuild, or Keys and Values their means.
+"""Documents prefilled once and read again with a cut cache: heads' Keys and Values as a plan would store them, or their means.
 
 Only the text after the images is run again, many cuts at a time (rereading.py).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from transformers.cache_utils import DynamicCache
 from .bases import Basis
 from .batches import Chunk, Encoded, join, merge_media, pad, positions, refuse_gaps
 from .geometry import Geometry
+from .kernels.slabs import Slabs
 from .placement import input_device
+from .plan import HeadPlan
+from .recoding import CodingBasis, Run, recoded, runs_of
 from .rereading import Replaced, decoder_layers, noting_entries, rereading, starting_at
 
 Pair = tuple[int, int]  # layer, KV head
-Cut = Mapping[int, Mapping[int, int]]  # `cut[layer][head]` = directions kept of the Keys
+Cut = Mapping[int, Mapping[int, HeadPlan]]  # `cut[layer][head]` = what is kept of its Keys and Values
 TOGETHER = {"cpu": 2**24, "cuda": 2**27}  # attention logits that the cuts of one forward call may have in one layer
 
 
@@ -40,11 +43,17 @@ class Prefilled:
     scored: Tensor  # bool [B, L]: which of the last L columns predict an answer token
     reference: Tensor  # dense log-probabilities [B, L, vocabulary], fp64
     entries: dict[int, Tensor]  # the text's hidden states [B, T', hidden] as they enter each layer without a cut
+    runs: list[Run] = field(default_factory=list)  # the segments of `coded`
     homes: tuple[torch.device, ...] = ()  # where each layer's Keys and Values belong while they are parked
 
     def bytes(self) -> int:
         """Of the cached Keys and Values."""
         return sum(x.numel() * x.element_size() for layer in self.cache.layers for x in (layer.keys, layer.values))
+
+    def kl_from(self, got: Tensor) -> Tensor:
+        """KL(dense || got) summed over each document's answer tokens, fp64 [B], of log-probabilities [B, L, vocabulary]."""
+        kl = (self.reference.exp() * (self.reference - got)).sum(-1).clamp_min(0)
+        return (kl * self.scored).sum(1)
 
     def park(self) -> None:
         """Keep Keys and Values in main memory until they are read again."""
@@ -66,18 +75,21 @@ class Prefilled:
 
 
 class Cutter:
-    """Runs documents with cut Keys. Rows of a batch do not see each other: every figure is that of batch 1 up to rounding.
+    """Runs documents with a cut cache. Rows of a batch do not see each other: every figure is that of batch 1 up to rounding.
 
     Args:
-        bases: calibrated visual basis per compressed layer; knock-outs need none.
+        bases: calibrated basis of the Keys per compressed layer; knock-outs need none, nor do cuts to no direction at all.
         span_all: text before and between the images is cut too.
+        values: likewise of the Values.
     """
 
-    def __init__(self, model: Any, geometry: Geometry, bases: Mapping[int, Basis], span_all: bool) -> None:
+    def __init__(
+        self, model: Any, geometry: Geometry, bases: Mapping[int, Basis], span_all: bool, values: Mapping[int, Basis] | None = None
+    ) -> None:
         self.model, self.geometry, self.span_all = model, geometry, span_all
         self.device, self.dtype = input_device(model), model.dtype
-        self.encode = {i: b.encode.to(self.device, torch.float32) for i, b in bases.items()}
-        self.decode = {i: b.decode.to(self.device, torch.float32) for i, b in bases.items()}
+        sides = {"key": bases, "value": values or {}}
+        self.bases = {side: {i: CodingBasis.of(b, self.device) for i, b in found.items()} for side, found in sides.items()}
         self.layers = decoder_layers(model, len(geometry.layers))
 
     @torch.inference_mode()
@@ -92,22 +104,21 @@ class Cutter:
         images = _one_hot(visual & real).to(self.device)
         coded = _one_hot(real).to(self.device) if self.span_all else images
         scored = pad([item.answer for item in items], 0).mask.bool().to(self.device)
-        doc = Prefilled(list(items), prefix, cache, coded, images, scored, torch.empty(0), {})
+        doc = Prefilled(list(items), prefix, cache, coded, images, scored, torch.empty(0), {}, runs_of(coded))
         self._forward(doc, prefix, None, 1, merge_media(items, self.device, self.dtype, prefix))
         with noting_entries(self.layers, doc.entries):
             (doc.reference,) = self._answers(doc, [({}, ())])
         return doc
 
-    def kl(self, doc: Prefilled, plan: Mapping[int, Mapping[int, int]]) -> tuple[float, int]:
-        """Sum of KL(dense || cut) over the answer tokens in nats, and their number; `plan[layer][head]` = directions kept."""
+    def kl(self, doc: Prefilled, plan: Cut) -> tuple[float, int]:
+        """Sum of KL(dense || cut) over the answer tokens in nats, and their number."""
         return float(self.kl_rows(doc, plan).sum()), int(doc.scored.sum())
 
     @torch.inference_mode()
-    def kl_rows(self, doc: Prefilled, plan: Mapping[int, Mapping[int, int]], dropped: Collection[Pair] = ()) -> Tensor:
+    def kl_rows(self, doc: Prefilled, plan: Cut, dropped: Collection[Pair] = ()) -> Tensor:
         """KL(dense || cut) summed over each document's answer tokens: fp64 [B] on the CPU.
 
         Args:
-            plan: `plan[layer][head]` = directions kept of the Keys.
             dropped: heads that are knocked out: image Keys and Values replaced by their means over each image.
         """
         return self.kl_each(doc, [(plan, dropped)])[0]
@@ -115,31 +126,28 @@ class Cutter:
     @torch.inference_mode()
     def kl_each(self, doc: Prefilled, cuts: Sequence[tuple[Cut, Collection[Pair]]]) -> Tensor:
         """`kl_rows` of several cuts, as many at a time as memory allows: fp64 [N, B] on the CPU."""
-        queries = max(layer.query_heads for layer in self.geometry.layers) * doc.prefix.ids.numel() * self._rest(doc).ids.shape[1]
+        queries = max(layer.query_heads for layer in self.geometry.layers) * doc.prefix.ids.numel() * self.rest(doc).ids.shape[1]
         step = max(1, TOGETHER[self.device.type] // queries)
-        changing = [number for number, (plan, dropped) in enumerate(cuts) if any(plan.values()) or dropped]
+        cuts = [(self._changing(plan), dropped) for plan, dropped in cuts]
+        changing = [number for number, (plan, dropped) in enumerate(cuts) if plan or dropped]
         found = torch.zeros(len(cuts), len(doc.items), dtype=torch.float64)  # what changes nothing costs nothing, without rounding
         for start in range(0, len(changing), step):
             numbers = changing[start : start + step]
             for number, got in zip(numbers, self._answers(doc, [cuts[n] for n in numbers]), strict=True):
-                kl = (doc.reference.exp() * (doc.reference - got)).sum(-1).clamp_min(0)
-                found[number] = (kl * doc.scored).sum(1)
+                found[number] = doc.kl_from(got)
         return found
 
     @contextmanager
-    def cut(self, doc: Prefilled, plan: Mapping[int, Mapping[int, int]], dropped: Collection[Pair] = ()) -> Iterator[None]:
-        """The cache with cut Keys and knocked-out heads, and as it was afterwards."""
+    def cut(self, doc: Prefilled, plan: Cut, dropped: Collection[Pair] = ()) -> Iterator[None]:
+        """The cache with cut Keys and Values and knocked-out heads, and as it was afterwards."""
         before = [(layer.keys, layer.values) for layer in doc.cache.layers]
-        touched = {*plan, *(layer for layer, _ in dropped)}
-        for index in touched:
+        for index, parts in self._replaced(doc, [(self._changing(plan), dropped)]).items():
             layer = doc.cache.layers[index]
             keys, values = layer.keys.clone(), layer.values.clone()
-            for head, rank in plan.get(index, {}).items():
-                keys[:, head] = self._cut(doc.coded, layer.keys[:, head], index, head, rank)
-            for head in (h for i, h in dropped if i == index):
-                images = doc.images.to(keys.device)
-                keys[:, head] = to_means(layer.keys[:, head], images)
-                values[:, head] = to_means(layer.values[:, head], images)
+            for part in parts:
+                keys[:, part.head] = part.keys
+                if part.values is not None:
+                    values[:, part.head] = part.values
             layer.keys, layer.values = keys, values
         try:
             yield
@@ -165,19 +173,15 @@ class Cutter:
             self._restore(doc, before)
         return out
 
-    def _cut(self, coded: Tensor, keys: Tensor, layer: int, head: int, rank: int) -> Tensor:
-        """Keys [B, T, D] with their coded columns rebuilt from `rank` directions and the segment's mean."""
-        coded = coded.to(keys.device)
-        mean = segment_means(keys, coded)
-        if rank == 0:
-            return torch.where(coded.any(-1, keepdim=True), mean.to(keys.dtype), keys)
-        encode, decode = (side[layer][head, :, :rank].to(keys.device) for side in (self.encode, self.decode))
-        rebuilt = mean + ((keys.float() - mean) @ encode) @ decode.mT
-        return torch.where(coded.any(-1, keepdim=True), rebuilt.to(keys.dtype), keys)
+    def _changing(self, plan: Cut) -> dict[int, dict[int, HeadPlan]]:
+        """A cut without the heads that it leaves raw."""
+        raw = {i: Slabs(self.geometry.layers[i].head_dim) for i in plan}
+        found = {i: {h: head for h, head in heads.items() if head != (raw[i], raw[i])} for i, heads in plan.items()}
+        return {i: heads for i, heads in found.items() if heads}
 
     def _answers(self, doc: Prefilled, cuts: Sequence[tuple[Cut, Collection[Pair]]]) -> Iterator[Tensor]:
         """Log-probabilities [B, L, vocabulary] of the answer tokens under each cut, teacher-forced; the cache is left as it was."""
-        rest, count = self._rest(doc), len(cuts)
+        rest, count = self.rest(doc), len(cuts)
         replaced = self._replaced(doc, cuts)
         where = positions(doc.items, doc.prefix.mask.sum(1).tolist(), rest.mask)
         with (
@@ -195,23 +199,37 @@ class Cutter:
         for part in logits.to(self.device).chunk(count):
             yield part.double().log_softmax(-1)
 
-    def _rest(self, doc: Prefilled) -> Chunk:
+    def rest(self, doc: Prefilled) -> Chunk:
+        """The text after the images and the answer but its last token: what is read again."""
         return pad([item.prompt[item.visual_end :] + item.answer[:-1] for item in doc.items], 0)
 
     def _replaced(self, doc: Prefilled, cuts: Sequence[tuple[Cut, Collection[Pair]]]) -> dict[int, list[Replaced]]:
         """What each cut puts in place of the prefilled Keys and Values."""
         found: dict[int, list[Replaced]] = {}
-        for number, (plan, dropped) in enumerate(cuts):
-            for index in {*plan, *(layer for layer, _ in dropped)}:
-                layer = doc.cache.layers[index]
-                for head in {*plan.get(index, {}), *(h for i, h in dropped if i == index)}:
-                    keys, values = layer.keys[:, head], None
-                    if (index, head) in dropped:
-                        images = doc.images.to(keys.device)
-                        keys, values = to_means(keys, images), to_means(layer.values[:, head], images)
+        for index in {i for plan, dropped in cuts for i in (*plan, *(layer for layer, _ in dropped))}:
+            layer, raw = doc.cache.layers[index], Slabs(self.geometry.layers[index].head_dim)
+            stored = {"key": layer.keys, "value": layer.values}
+            heads = [(head, kept) for plan, _ in cuts for head, kept in plan.get(index, {}).items()]
+            coded = {
+                side: recoded(
+                    x,
+                    doc.runs,
+                    self.bases[side].get(index),
+                    {(head, slabs) for head, kept in heads if (slabs := getattr(kept, side)) != raw},
+                )
+                for side, x in stored.items()
+            }
+            for number, (plan, dropped) in enumerate(cuts):
+                out = {h for i, h in dropped if i == index}
+                for head in {*plan.get(index, {}), *out}:
+                    if head in out:
+                        images = doc.images.to(layer.keys.device)
+                        part = Replaced(number, head, to_means(layer.keys[:, head], images), to_means(layer.values[:, head], images))
                     else:
-                        keys = self._cut(doc.coded, keys, index, head, plan[index][head])
-                    found.setdefault(index, []).append(Replaced(number, head, keys, values))
+                        kept = plan[index][head]
+                        keys = coded["key"].get((head, kept.key), layer.keys[:, head])
+                        part = Replaced(number, head, keys, coded["value"].get((head, kept.value)))
+                    found.setdefault(index, []).append(part)
         return found
 
     def _forward(self, doc: Prefilled, chunk: Chunk, before: Chunk | None, keep: int, media: Mapping[str, Tensor] | None = None) -> Tensor:

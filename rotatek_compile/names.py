@@ -13,7 +13,8 @@ RIVAL_NAMES = (
 """Keys of RIVALS in runtime/rivals/registry.py, in its order."""
 METHODS = (OURS, *RIVAL_NAMES)
 BASES = ("two-sided", "pca", "paper")
-ALLOCATIONS = ("allocated", "uniform")
+ALLOCATIONS = ("allocated", "uniform", "energy")
+BITS = ("native", "8", "4", "auto")
 SPANS = ("visual", "all")
 ASK = ("after", "with")
 SUITES = {"rivals": "dense, the artifact, its bases at other keep ratios, and every rival at KV budgets from 1/2 to 1/32"}

@@ -5,24 +5,27 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
-from .allocate import allocate, cost_curve, plan_tensor, uniform_plan
-from .artifact import Artifact
+from .artifact import Artifact, Method
 from .errors import UsageError
 from .names import check_fraction
+from .plan import SIDES, Plan, plan_tensors
+from .planning import Costs, searches_for, spectra_of, stated, uniform_of
 
-VALUE_SHARE = 0.5  # of the dense bytes: Values are stored as they are
+VALUE_SHARE = 0.5  # of the dense bytes, for Values that are stored as they are
 
 
 def replanned(artifact: Artifact, keep_ratio: float | None = None, kv_budget: float | None = None) -> Artifact:
-    """The same artifact with ranks for another budget, spent over heads by the stored sensitivities as at compile time.
+    """The same artifact with a plan for another budget, spent over heads by the stored sensitivities as at compile time.
 
     Unlike at compile time the plan as a whole is not checked on documents: single cuts hide redundancy (DESIGN.md §4.4), so measure a
     plan that you mean to keep with `rotatek-eval`, or compile for it.
 
     Args:
-        keep_ratio: fraction of Key directions kept, mean over heads, in (0, 1].
-        kv_budget: fraction of the dense bytes of Keys and Values that a coded token may take, means and tables left out. For our own
-            method Values take half of it: a budget b keeps 2 b - 1 of the Key directions.
+        keep_ratio: fraction of Key directions kept, mean over heads, in (0, 1]; at the precision the artifact was compiled for, or native
+            where it was compiled for a budget of bytes.
+        kv_budget: fraction of the dense bytes of Keys and Values that a segment of 512 tokens may take, scales and means included. For
+            an artifact without sensitivities of the Values they stay raw and take half of it: b keeps 2 b - 1 of the native Key
+            directions, means left out.
 
     Raises:
         UsageError: none or both of the two, out of range, or a budget that the artifact's method cannot meet.
@@ -31,31 +34,50 @@ def replanned(artifact: Artifact, keep_ratio: float | None = None, kv_budget: fl
         raise UsageError("--keep-ratio and --kv-budget say the same thing in two ways; give one of them")
     for name, value in (("--keep-ratio", keep_ratio), ("--kv-budget", kv_budget)):
         check_fraction(name, value)
-    method = artifact.method
+    method, geometry = artifact.method, artifact.geometry
     if method.rival is not None:
         return _rival(artifact, keep_ratio, kv_budget)
-    if kv_budget is not None:
+    if kv_budget is not None and not (method.levels and artifact.sensitivity("value")):
         if kv_budget <= VALUE_SHARE:
             raise UsageError(
-                f"--kv-budget {kv_budget:g} is too small: this artifact stores Values as they are, which takes {VALUE_SHARE:g}"
+                f"--kv-budget {kv_budget:g} is too small: this artifact stores Values as they are, which takes {VALUE_SHARE:g}; "
+                f"compile it again to code them"
             )
-        keep_ratio = (kv_budget - VALUE_SHARE) / VALUE_SHARE
+        keep_ratio, kv_budget = (kv_budget - VALUE_SHARE) / VALUE_SHARE, None
+        method = replace(method, value_bits="native")
+    wanted = _with_budget(method, keep_ratio, kv_budget)
+    plan = _plan(artifact, wanted)
+    return replace(artifact, method=stated(wanted, geometry, plan), tensors=artifact.tensors | plan_tensors(plan))
+
+
+def _with_budget(method: Method, keep_ratio: float | None, kv_budget: float | None) -> Method:
+    """The method with another budget; bits stay, but for those that only one kind of budget knows."""
+    if kv_budget is not None:
+        mixed = method.kv_budget is not None  # compiled for bytes: perhaps at chosen bits
+        bits = (method.key_bits, method.value_bits) if mixed else ("auto", "auto")
+        return replace(method, kv_budget=kv_budget, max_kl=None, key_bits=bits[0], value_bits=bits[1])
     assert keep_ratio is not None
-    geometry, plan = artifact.geometry, uniform_plan(artifact.geometry, keep_ratio)
-    if method.allocation == "allocated" and keep_ratio < 1:
-        if method.levels:
-            curves = {}
-            for i in geometry.compressible:
-                measured, spectra = (
-                    artifact.tensors[f"layers.{i}.sensitivity"],
-                    artifact.tensors[f"layers.{i}.{method.kinds[0]}.key_spectrum"],
-                )
-                curves[i] = [cost_curve(method.levels, measured[h], spectra[h]) for h in range(geometry.layers[i].kv_heads)]
-            plan = allocate(geometry, curves, keep_ratio)
-        else:
-            warnings.warn("the artifact holds no sensitivities: every head keeps the same number of directions", stacklevel=2)
-    ranks = {f"layers.{i}.key_rank": plan_tensor(ranks) for i, ranks in plan.items()}
-    return replace(artifact, method=replace(method, keep_ratio=keep_ratio), tensors=artifact.tensors | ranks)
+    if method.kv_budget is not None:
+        method = replace(method, key_bits="native", value_bits="native")
+    return replace(method, keep_ratio=keep_ratio, kv_budget=None, max_kl=None)
+
+
+def _plan(artifact: Artifact, method: Method) -> Plan:
+    geometry = artifact.geometry
+    if method.kv_budget is None and (method.keep_ratio == 1 or method.allocation == "uniform"):
+        return uniform_of(geometry, method)
+    if not method.levels:
+        warnings.warn("the artifact holds no sensitivities: every head keeps the same number of directions", stacklevel=3)
+        return uniform_of(geometry, method)
+    search = searches_for(geometry, costs_of(artifact), method)[0]
+    return search.uniform if method.allocation == "uniform" else search.plan(search.best())
+
+
+def costs_of(artifact: Artifact) -> Costs:
+    """What an artifact knows of its heads."""
+    geometry, method = artifact.geometry, artifact.method
+    sensitivities = {side: artifact.sensitivity(side) for side in SIDES}
+    return Costs.of(geometry, method.levels, sensitivities, spectra_of(artifact.tensors, geometry, method.kinds[0]))
 
 
 def _rival(artifact: Artifact, keep_ratio: float | None, kv_budget: float | None) -> Artifact:

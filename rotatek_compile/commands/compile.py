@@ -11,7 +11,7 @@ import click
 from .. import aliases
 from ..compile_options import CompileOptions
 from ..errors import UsageError
-from ..names import ALLOCATIONS, BASES, METHODS, SPANS
+from ..names import ALLOCATIONS, BASES, BITS, METHODS, OURS, SPANS
 from ..parallel import is_main
 from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
 
@@ -27,21 +27,39 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
     shell_complete=one_of(METHODS),
     help="rotatek, or a rival: head-drop, head-drop-native, int4, kivi2, ...",
 )
-@click.option("--keep-ratio", type=float, help="Fraction of Key directions kept, mean over heads. Default: 0.25.")
-@click.option("--kv-budget", type=float, help="Rivals: at most this fraction of the dense bytes of Keys and Values.")
+@click.option("--keep-ratio", type=float, help="Fraction of Key directions kept, mean over heads. Default: 0.25 without another budget.")
+@click.option(
+    "--kv-budget", type=float, help="At most this fraction of the dense bytes of Keys and Values, everything a segment needs included."
+)
+@click.option("--max-kl", type=float, help="The smallest budget that costs at most so many nats per answer token on documents kept aside.")
+@click.option(
+    "--key-bits",
+    shell_complete=one_of(BITS),
+    help="Precision of kept Key directions: native, 8, 4 or auto (mixed). Default: native with --keep-ratio, else auto.",
+)
+@click.option(
+    "--value-bits",
+    shell_complete=one_of(BITS),
+    help="Of Values: native, 8 or 4 (all directions), or auto with --kv-budget or --max-kl. Default: native with --keep-ratio, else auto.",
+)
 @click.option("--basis", default="two-sided", show_default=True, shell_complete=one_of(BASES), help="two-sided, pca or paper.")
 @click.option(
     "--allocation",
     default="allocated",
     show_default=True,
     shell_complete=one_of(ALLOCATIONS),
-    help="allocated (by measured KL) or uniform ranks.",
+    help="How heads share the budget: allocated (by measured KL), energy (by spectrum alone) or uniform.",
 )
 @click.option(
     "--span", default="visual", show_default=True, shell_complete=one_of(SPANS), help="What is coded: visual, or all (old text too)."
 )
 @click.option("--window", type=int, default=128, show_default=True, help="Newest text tokens kept raw.")
-@click.option("--num-samples", type=int, default=64, show_default=True, help="Calibration documents; an eighth is kept for checking.")
+@click.option("--num-samples", type=int, default=64, show_default=True, help="Calibration documents; an eighth gives no moments.")
+@click.option(
+    "--sensitivity-samples",
+    type=int,
+    help="Of them, documents on which heads are cut; as many others check the plan. Default: 36, or fewer of few.",
+)
 @click.option("--batch-size", type=int, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -95,9 +113,10 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
         place = check_target(repo, private=private)  # before hours of work
     if dry_run:
         plan = prepare(chosen)
-        size, asked = plan.data.size, chosen.num_samples  # the size is known of local files
-        samples = asked if size is None else min(asked, size)
-        dense, compressed = plan.bytes_per_token(chosen.keep_ratio)
+        there, asked = plan.data.size, chosen.num_samples  # the size is known of local files
+        samples = asked if there is None else min(asked, there)
+        method = chosen.own_method() if chosen.method == OURS else None
+        dense, compressed = plan.bytes_per_token(method)
         layers = plan.geometry.layers
         summary: dict[str, Any] = {
             "artifact": str(target),
@@ -110,15 +129,15 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
             "data": {"name": plan.data.name, "split": plan.data.split, "num_samples": samples},
         }
         first = layers[plan.geometry.compressible[0]]
-        ours = f"basis {chosen.basis}, {chosen.allocation} ranks, keep ratio {chosen.keep_ratio}"
-        words = plan.rival.method.words if plan.rival else ours
+        words = plan.rival.method.words if plan.rival else method.words if method else ""
+        size = "the smallest that fits" if compressed is None else f"about {compressed:.0f} compressed ({dense / compressed:.2f}x smaller)"
         text = (
             f"{plan.source.name} ({plan.geometry.model_type}): {len(layers)} text layers, {summary['layers']} compressed, "
             f"{first.query_heads}/{first.kv_heads} heads of {first.head_dim}\n"
             f"{words}, span {chosen.span}, window {chosen.window}\n"
             f"data {plan.data.name}, {samples} sample{'s' if samples > 1 else ''}"
             f"{f' (all there are; --num-samples {asked})' if samples < asked else ''}\n"
-            f"bytes per coded token, all layers: {dense} dense, about {compressed:.0f} compressed ({dense / compressed:.2f}x smaller)\n"
+            f"bytes per coded token, all layers: {dense} dense, {size}\n"
             f"would write {target}"
         )
     else:
@@ -129,9 +148,10 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
 
         text = (
             f"wrote {summary['artifact']}: {summary['layers']} layers, {sizes['dense']} -> {sizes['compressed']:.0f} bytes per coded token "
-            f"({sizes['dense'] / sizes['compressed']:.2f}x smaller)\n"
+            f"({sizes['dense'] / max(sizes['compressed'], 1):.2f}x smaller)\n"
             + (
-                f"plan KL on {checked_on(summary['plan']['kept_aside'])}: {summary['plan']['predicted_kl']:.2e} nats per answer token\n"
+                f"plan KL on {checked_on(summary['plan']['kept_aside'])}: {summary['plan']['predicted_kl']:.2e} nats per answer token, "
+                f"at {summary['plan']['share']:.4f} of the dense bytes of 512 tokens with all they need\n"
                 if chosen.method == "rotatek"
                 else f"{summary['plan']['setting']}\n"
             )

@@ -120,7 +120,8 @@ def test_bad_artifacts_are_seen(bases, tmp_path):
     assert after(lambda a: None) is None
     assert after(lambda a: a.tensors["layers.0.knockout"].fill_(float("nan"))) == "accepted layers.0.knockout, which is not finite"
     assert after(lambda a: a.tensors["layers.0.knockout"].neg_()) == "accepted layers.0.knockout, which is negative"
-    assert after(lambda a: a.tensors["layers.0.key_rank"].fill_(7)) == "accepted the ranks [7, 7]"
+    assert after(lambda a: a.tensors["layers.0.key_plan"].fill_(7)) == "accepted the slabs (7, 7, 7)"
+    assert after(lambda a: a.tensors["layers.2.value_plan"][1].fill_(16)) == "accepted the slabs (16, 16, 16)"
     assert after(lambda a: a.tensors["layers.2.visual.key_encode"][0].mul_(1e-20)) is None  # small, but invertible
     assert "has no inverse" in after(lambda a: a.tensors["layers.2.visual.key_encode"][0].view(-1)[:32].fill_(1 + 1e-16))
     assert after(lambda a: a.base_model.update(id="/models/../x")) == "accepted the base '/models/../x'"

@@ -9,22 +9,26 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save
 
 from rotatek_compile.artifact import Artifact, Method, read_artifact, write_artifact
 from rotatek_compile.carried_files import check_carried_files
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.geometry import Geometry, LayerGeometry
 from rotatek_compile.inspection import describe, summary
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.plan import SIDES
 from rotatek_compile.report_page import page
 from rotatek_compile.runtime.prepared import PreparedArtifact
 
-HEADS, DIM, LEVELS = 2, 16, (0, 8)
+HEADS, DIM, LEVELS = 2, 16, (Slabs(), Slabs(nibble=16))
+STEPS = (8, 8, 16)  # of native, 8-bit and 4-bit directions
 LONGEST = 1200  # characters of a refusal
 MARKUP = ("<script>alert", "<img src=x")  # in VALUES of text_mutations.py
 
 
 def sound_artifacts() -> list[dict[str, bytes]]:
-    """Files of five tiny artifacts: ours with each span, without knock-outs, and two rivals."""
+    """Files of six tiny artifacts: ours with each span, without knock-outs, by bytes, of the first format, and two rivals."""
     layer = LayerGeometry(layer_type="full_attention", query_heads=4, kv_heads=HEADS, head_dim=DIM)
     sliding = LayerGeometry(layer_type="sliding_attention", query_heads=4, kv_heads=HEADS, head_dim=DIM)
     geometry = Geometry(model_type="llava_next", layers=(layer, sliding, layer), visual_token_ids=(5,))
@@ -34,8 +38,27 @@ def sound_artifacts() -> list[dict[str, bytes]]:
         Method(levels=LEVELS, allocation="uniform"),
         Method(rival="head-drop", keep_ratio=0.5),
         Method(rival="int4", keep_ratio=1.0, kv_budget=0.5),
+        Method(levels=LEVELS, keep_ratio=0.5, key_bits="auto", value_bits="auto", kv_budget=0.25, max_kl=0.01),
     ]
-    return [_files(geometry, method, number) for number, method in enumerate(methods)]
+    files = [_files(geometry, method, number) for number, method in enumerate(methods)]
+    return [*files, first_format(files[0])]
+
+
+def first_format(files: dict[str, bytes]) -> dict[str, bytes]:
+    """An artifact as the first version wrote it: native ranks of the Keys, sensitivities of ranks."""
+    tensors, config = load(files["rotatek.safetensors"]), json.loads(files["rotatek_config.json"])
+    for name in list(tensors):
+        if name.endswith(("value_plan", "value_sensitivity")):
+            del tensors[name]
+        elif name.endswith("key_plan"):
+            tensors[name.replace("key_plan", "key_rank")] = tensors.pop(name)[:, 0].contiguous()
+        elif name.endswith("key_sensitivity"):
+            tensors[name.replace("key_sensitivity", "sensitivity")] = tensors.pop(name)
+    content = save(tensors, metadata={"format": "pt"})
+    config["format_version"], config["rotatek"]["levels"] = 1, [0, 8]
+    del config["rotatek"]["max_kl"]
+    config["files"]["rotatek.safetensors"]["sha256"] = hashlib.sha256(content).hexdigest()
+    return files | {"rotatek.safetensors": content, "rotatek_config.json": json.dumps(config).encode()}
 
 
 def _files(geometry: Geometry, method: Method, number: int) -> dict[str, bytes]:
@@ -46,8 +69,10 @@ def _files(geometry: Geometry, method: Method, number: int) -> dict[str, bytes]:
             tensors[f"layers.{i}.knockout"] = torch.rand(HEADS, generator=generator)
         if method.rival is not None:
             continue
-        tensors[f"layers.{i}.key_rank"] = torch.tensor([8, 0], dtype=torch.int32)
-        tensors[f"layers.{i}.sensitivity"] = torch.rand(HEADS, len(LEVELS), generator=generator)
+        tensors[f"layers.{i}.key_plan"] = torch.tensor([[8, 0, 0], [0, 0, 0]], dtype=torch.int32)
+        tensors[f"layers.{i}.value_plan"] = torch.tensor([[DIM, 0, 0], [0, 0, 16]], dtype=torch.int32)
+        for side in SIDES:
+            tensors[f"layers.{i}.{side}_sensitivity"] = torch.rand(HEADS, len(LEVELS), generator=generator)
         for prefix in (f"layers.{i}.{kind}.{side}" for kind in method.kinds for side in ("key", "value")):
             tensors[f"{prefix}_mean"] = torch.randn(HEADS, DIM, generator=generator)
             tensors[f"{prefix}_spectrum"] = torch.rand(HEADS, DIM, generator=generator).sort(descending=True).values
@@ -57,7 +82,7 @@ def _files(geometry: Geometry, method: Method, number: int) -> dict[str, bytes]:
         {"id": "/models/name", "revision": None, "fingerprint": "0" * 64},
         {"id": "tiny-llava-next", "revision": None, "fingerprint": "0" * 64},
     ][number % 3]
-    heads = [{"rank": 8, "energy_kept": 0.5, "kl_when_cut": [0.1, 0.0]} for _ in range(HEADS)]
+    heads = [{"key": [8, 0, 0], "value": [DIM, 0, 0], "key_energy_kept": 0.5, "key_kl_when_cut": [0.1, 0.0]} for _ in range(HEADS)]
     report = {"plan_kl": 1e-5, "seconds": {"total": 1.5}, "layers": [{"layer": i, "heads": heads} for i in geometry.compressible]}
     calibration = {"data": "forms", "revision": None, "split": "calibration", "num_samples": 4, "seed": 0, "samples": "0" * 64}
     artifact = Artifact(geometry, method, tensors, base, calibration, report)
@@ -120,10 +145,13 @@ def wrong_artifact(artifact: Artifact, directory: Path) -> str | None:
             return f"accepted {name}, which is not finite"
         if name.endswith(("spectrum", "knockout")) and tensor.numel() and float(tensor.min()) < 0:
             return f"accepted {name}, which is negative"
-    for i, ranks in artifact.ranks().items():
+    for i, plan in artifact.plan().items():
         dim, heads = artifact.geometry.layers[i].head_dim, artifact.geometry.layers[i].kv_heads
-        if len(ranks) != heads or any(rank % 8 or not 0 <= rank <= dim for rank in ranks):
-            return f"accepted the ranks {ranks}"
+        for slabs in (slabs for head in plan for slabs in head):
+            if any(part % step or part < 0 for part, step in zip(slabs, STEPS, strict=True)) or sum(slabs) > dim:
+                return f"accepted the slabs {tuple(slabs)}"
+        if len(plan) != heads:
+            return f"accepted a plan of {len(plan)} heads"
         for kind in artifact.method.kinds:
             encode = artifact.tensors[f"layers.{i}.{kind}.key_encode"].double()
             decode, singular = torch.linalg.inv_ex(encode)

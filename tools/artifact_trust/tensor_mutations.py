@@ -71,7 +71,7 @@ def _entries(rng: random.Random, head: bytes, data: bytes, action: str) -> tuple
                 ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F4", "C64", "", "x" * 999, 7, None)
             )
         elif action == "name":
-            table[rng.choice(("../../x", "", "layers.0.knockout", "layers.99.key_rank", "\x1b[2J", "x" * 5000, other))] = table.pop(name)
+            table[rng.choice(("../../x", "", "layers.0.knockout", "layers.99.key_plan", "\x1b[2J", "x" * 5000, other))] = table.pop(name)
         elif action == "swap":
             entry["data_offsets"], table[other]["data_offsets"] = table[other]["data_offsets"], entry["data_offsets"]
         else:  # a further tensor, whole
@@ -106,7 +106,7 @@ def numbers(rng: random.Random, case: Case) -> None:
     elif action == "cast":
         tensors[name] = tensor.to(rng.choice((torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)))
     elif action == "rank":
-        name = rng.choice([n for n in tensors if n.endswith("key_rank")] or [name])
+        name = rng.choice([n for n in tensors if n.endswith(("key_rank", "_plan"))] or [name])
         tensors[name] = torch.randint(-16, 40, tensors[name].shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30))).int()
     elif tensor.numel():
         number = rng.choice(NUMBERS) if tensor.is_floating_point() else rng.choice((-8, 7, 8, 24, 1 << 30, -(1 << 31)))
