@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import transformers
 
-from rotatek_compile.bases import calibrated_basis
 from rotatek_compile.batches import Encoded, encode, end_ids, merge_media, pad, position_ids
 from rotatek_compile.calibrate import MomentStore, calibrate
 from rotatek_compile.calibration_data.bundled import BundledSet
-from rotatek_compile.compiler import SENSITIVITY_DOCUMENTS
+from rotatek_compile.compile_options import SENSITIVITY_SAMPLES
+from rotatek_compile.compiler import bases_of
 from rotatek_compile.cutter import Cutter
 from rotatek_compile.models import checked_geometry, load_config, load_model, load_processor, resolve
 from rotatek_compile.sensitivity import levels_for, measure
@@ -61,11 +61,11 @@ def main() -> None:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             moments = calibrate(model, items, geometry, MomentStore({}, Path(scratch)), args.batch_size, False, pad_id, quiet=True)
-        query = {i: moments.query_moment(i) for i in geometry.compressible}
-        bases = {i: calibrated_basis("two-sided", moments.covariance(i, "visual", "key"), query[i]) for i in query}
+        bases = bases_of(moments, geometry, "two-sided", "visual")
         seconds["moments_and_bases"].append(time.perf_counter() - start)
     start = time.perf_counter()
-    measure(Cutter(model, geometry, bases, False), items[:SENSITIVITY_DOCUMENTS], levels_for(geometry.layers[0].head_dim), quiet=True)
+    cutter = Cutter(model, geometry, bases["key"], False, bases["value"])
+    measure(cutter, items[:SENSITIVITY_SAMPLES], levels_for(geometry.layers[0].head_dim), quiet=True)
     result = {
         "documents": args.documents,
         "threads": torch.get_num_threads(),

@@ -4,10 +4,10 @@
 
 1. Correctness against float64 over random shapes (exit 1 if it fails; nothing is timed then).
 2. Timings: 32 query and 8 KV heads, D 128, bf16, one new token. Ours: T - 128 visual tokens coded, 128 in the raw window.
-   Timed from the query after RoPE to the output: query rotation, splits and merge. "append" adds writing the new Key and
+   Timed from the query after RoPE to the output: query rotation, splits, Value rotation and merge. "append" adds writing the new Key and
    Value, the same two copies on every side. "graph": a CUDA graph over several layers with a cache each, more than 3x the
    L2 together; "eager": one call, L2 overwritten before each (Triton's do_bench).
-3. With --sweep: tile sizes and numbers of programs.
+3. With --sweep: tile sizes and numbers of programs of the coded configurations.
 """
 
 from __future__ import annotations
@@ -35,16 +35,28 @@ from triton.testing import do_bench
 
 from rotatek_compile.kernels import codes, decode, table
 from rotatek_compile.kernels.decode_torch import decode_attention_torch
-from rotatek_compile.kernels.table import CacheView, Kind
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.kernels.table import NONE, CacheView, Kind
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
-from kernel_caches import brute_force, random_cache, random_layout, relative_error  # noqa: E402
+from kernel_caches import Coded, Segment, brute_force, random_cache, random_layout, relative_error  # noqa: E402
 
 QUERY_HEADS, HEADS, DIM, WINDOW = 32, 8, 128, 128
 SCALING = DIM**-0.5
 SHAPES = {(1, 32768): 16, (8, 8192): 8, (32, 4096): 4, (32, 16384): 2}  # (B, T): layers in the graph
-RANKS = {"r32": [32] * 8, "r64": [64] * 8, "r128": [128] * 8, "mixed48": [16, 96, 32, 64, 24, 72, 40, 40], "dense": None}
+RAW = None
+CONFIGURATIONS: dict[str, tuple[Slabs | None, Slabs | None]] = {  # Keys and Values: native, 8 bit, 4 bit
+    "r32": (Slabs(32), RAW),
+    "r64": (Slabs(64), RAW),
+    "dense": (RAW, RAW),
+    "K 64x8 V 128x8": (Slabs(0, 64), Slabs(0, 128)),
+    "K 32x4 V 128x4": (Slabs(0, 0, 32), Slabs(0, 0, 128)),
+    "K 32x4 V 64x4": (Slabs(0, 0, 32), Slabs(0, 0, 64)),
+    "K, V 16x8 48x4": (Slabs(0, 16, 48), Slabs(0, 16, 48)),
+}
+QUICK = ("r32", "dense", "K 32x4 V 64x4")
 LIMITS = {False: 1e-2, True: 1e-2}  # one or two numbers per channel of the rotated query
+TIMED_LIMIT = 2e-2  # many tokens average to small outputs
 Step = Callable[[], object]
 
 
@@ -67,32 +79,49 @@ class Layer:
         self.view.window_values[:, :, -1].copy_(self.value)
 
 
-def make_layer(batch: int, tokens: int, ranks: list[int] | None, seed: int) -> Layer:
-    """Random data at once for all segments: rank per head, or raw Keys where `ranks` is None."""
+def make_layer(batch: int, tokens: int, key: Slabs | None, value: Slabs | None, seed: int) -> Layer:
+    """Random data at once for all segments: one per sequence and head, Keys and Values of these slabs, or raw."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
 
-    stored = tokens - WINDOW
+    stored, count = tokens - WINDOW, batch * HEADS
     rows = torch.zeros(batch, HEADS, 1, table.FIELDS, dtype=torch.int64)
-    widths = torch.tensor(ranks or [DIM] * HEADS).repeat(batch)
-    sizes = torch.tensor([codes.pool_elements(stored, int(w)) for w in widths])
-    rows[..., table.KIND] = int(Kind.CODED if ranks else Kind.DENSE)
+    rows[..., table.KIND] = int(Kind.DENSE if key is RAW and value is RAW else Kind.CODED)
     rows[..., table.LENGTH] = stored
-    rows[..., 0, table.RANK] = widths.view(batch, HEADS) if ranks else 0
-    rows[..., 0, table.KEY_OFFSET] = (sizes.cumsum(0) - sizes).view(batch, HEADS)
-    rows[..., 0, table.VALUE_OFFSET] = (torch.arange(batch * HEADS) * codes.pool_elements(stored, DIM)).view(batch, HEADS)
-    # One calibrated basis per head, shared by the batch.
-    rows[..., 0, table.BASIS_OFFSET] = torch.arange(HEADS) * DIM * DIM
-    rows[..., table.BASIS_STRIDE] = DIM
-    rows[..., 0, table.MEAN_OFFSET] = torch.arange(HEADS) * DIM
+    pool, scales, size = [], [], 0
+    segments = torch.arange(count).view(batch, HEADS)
+    heads = torch.arange(HEADS).expand(batch, HEADS)
+    for number, (side, kept) in enumerate(((table.KEY, key), (table.VALUE, value))):
+        slabs = kept or Slabs(DIM)
+        fields = rows[..., 0, side : side + table.OWN_MEAN + 1]
+        each = codes.pool_bytes(stored, slabs, 2)
+        data = torch.randint(0, 256, (count, each), generator=generator, device="cuda", dtype=torch.uint8)
+        native = codes.padded(stored) * slabs.native
+        if native:
+            data[:, : 2 * native] = rand(count, native).view(torch.uint8)
+        pool.append(data.reshape(-1))
+        fields[...] = NONE
+        fields[..., table.OFFSET] = size + segments * each
+        fields[..., table.NATIVE : table.NIBBLE + 1] = torch.tensor(slabs)
+        size += data.numel()
+        if kept is RAW:
+            continue
+        # One calibrated basis and mean per head, shared by the batch; scales and own means are the segment's.
+        fields[..., table.BASIS], fields[..., table.STRIDE] = (number * HEADS + heads) * DIM * DIM, DIM
+        fields[..., table.MEAN] = (number * HEADS + heads) * DIM
+        fields[..., table.OWN_MEAN] = (number * count + segments) * DIM
+        fields[..., table.SCALES] = sum(x.numel() for x in scales) + segments * slabs.scaled
+        scales.append(torch.tensor([1 / 73] * slabs.byte + [1 / 4.6] * slabs.nibble).repeat(count))  # about unit variance
     view = CacheView(
         table=rows.to("cuda"),
-        keys=rand(int(sizes.sum())),
-        values=rand(batch * HEADS * codes.pool_elements(stored, DIM)),
-        bases=torch.linalg.qr(rand(HEADS, DIM, DIM, dtype=torch.float32))[0].to(torch.bfloat16).reshape(-1),
-        means=rand(HEADS * DIM, dtype=torch.float32),
+        codes=torch.cat(pool),
+        bases=torch.linalg.qr(rand(2 * HEADS, DIM, DIM, dtype=torch.float32))[0].to(torch.bfloat16).reshape(-1),
+        own_bases=rand(0),
+        scales=torch.cat([torch.empty(0), *scales]).to("cuda", torch.bfloat16),
+        means=rand(2 * HEADS * DIM, dtype=torch.float32),
+        own_means=rand(2 * count * DIM, dtype=torch.float16) / 8,
         window_keys=rand(batch, HEADS, WINDOW, DIM),
         window_values=rand(batch, HEADS, WINDOW, DIM),
         window_lengths=torch.full((batch,), WINDOW, dtype=torch.int32, device="cuda"),
@@ -100,10 +129,10 @@ def make_layer(batch: int, tokens: int, ranks: list[int] | None, seed: int) -> L
     return Layer(view, rows, rand(batch, QUERY_HEADS, 1, DIM), rand(batch, HEADS, DIM), rand(batch, HEADS, DIM))
 
 
-def read_bytes(batch: int, tokens: int, ranks: list[int] | None) -> int:
+def read_bytes(batch: int, tokens: int, key: Slabs | None, value: Slabs | None) -> int:
     """Bytes of Keys and Values a call must read."""
-    width = sum(ranks) if ranks else DIM * HEADS
-    return 2 * batch * ((tokens - WINDOW) * (width + DIM * HEADS) + WINDOW * 2 * DIM * HEADS)
+    per_token = sum((kept or Slabs(DIM)).bytes_per_token() for kept in (key, value))
+    return batch * HEADS * ((tokens - WINDOW) * per_token + WINDOW * 4 * DIM)
 
 
 def graph_us(steps: list[Step]) -> float:
@@ -160,14 +189,19 @@ def gate(shapes: int) -> bool:
     for seed in range(shapes):
         generator = torch.Generator().manual_seed(seed)
         group, dim, new = (1, 4, 7, 8, 3, 5)[seed % 6], (128, 64, 128, 96, 256)[seed % 5], (1, 1, 3)[seed % 3]
-        layout = random_layout(generator, 3, 2, min(dim, 128), 3000)
+        layout = random_layout(generator, 3, 2, min(dim, 64), 3000)
         windows = torch.randint(new, 129, (3,), generator=generator).tolist()
         cache = random_cache(layout, windows, dim, 128, torch.bfloat16, device="cuda", seed=seed, num_programs=(40, 200)[seed % 2])
         worst = measure(worst, cache, group, new, dim, f"seed {seed} G {group} D {dim} T {new}")
     for group in (1, 4, 7, 8):
-        layout = [[[("coded", 700 + rank, rank), ("dense", 65, 0)] for rank in range(0, 136, 8)]]
+        layout = [[[Segment(700 + rank, Coded(rank), None), Segment(65)] for rank in range(0, 136, 8)]]
         cache = random_cache(layout, [77], 128, 128, torch.bfloat16, device="cuda", num_programs=100)
         worst = measure(worst, cache, group, 1, 128, f"every rank G {group}")
+    for name, (key, value) in CONFIGURATIONS.items():
+        sides = [kept and Coded(*kept) for kept in (key, value)]
+        layout = [[[Segment(length, *sides)] for length in (1, 63, 65, 1000, 4097)]]
+        cache = random_cache(layout, [77], 128, 128, torch.bfloat16, device="cuda", num_programs=100)
+        worst = measure(worst, cache, 4, 1, 128, name)
     torch.use_deterministic_algorithms(False)
     found = f"{worst[False]:.2e}, with a two-part query {worst[True]:.2e}"
     print(f"gate, bf16 against float64: largest relative error {found} (limits {LIMITS})", flush=True)
@@ -246,32 +280,34 @@ class Table:
     def show(self) -> None:
         """Ratios to the best SDPA of the same shape and the same column."""
         columns = ("graph_us", "graph_append_us", "eager_us", "eager_append_us")
-        print(f"\n{'B, T':>12} {'method':18}" + "".join(f"{c:>22}" for c in columns) + f"{'TB/s (graph)':>14}{'error':>10}")
+        print(f"\n{'B, T':>12} {'method':24}" + "".join(f"{c:>22}" for c in columns) + f"{'TB/s (graph)':>14}{'error':>10}")
         for row in self.rows:
             same = [r for r in self.rows if (r["B"], r["T"]) == (row["B"], row["T"]) and r["method"].startswith("SDPA")]
             cells = [f"{row[c]:.1f} ({min(r[c] for r in same) / row[c]:.2f}x)" for c in columns]
             error = f"{row['error']:.1e}" if "error" in row else ""
             line = "".join(f"{c:>22}" for c in cells) + f"{row['graph_TBps']:>14.2f}{error:>10}"
-            print(f"{row['B']:>5}, {row['T']:>5} {row['method']:18}" + line)
+            print(f"{row['B']:>5}, {row['T']:>5} {row['method']:24}" + line)
 
 
 def measure_shape(results: Table, batch: int, tokens: int, count: int, quick: bool) -> None:
-    dense_bytes = read_bytes(batch, tokens, None)
+    dense_bytes = read_bytes(batch, tokens, RAW, RAW)
     for name, backend in (("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION), ("SDPA flash", SDPBackend.FLASH_ATTENTION)):
         plain, appended = (dense_steps(batch, tokens, count, append) for append in (False, True))
         with sdpa_kernel(backend):
             results.add(batch, tokens, name, dense_bytes, plain, appended)
         del plain, appended
         torch.cuda.empty_cache()
-    for name, ranks in RANKS.items():
-        if quick and name not in ("r32", "dense"):
+    programs = table.programs_for(batch * HEADS, torch.cuda.get_device_properties(0).multi_processor_count)
+    for name, (key, value) in CONFIGURATIONS.items():
+        if quick and name not in QUICK:
             continue
-        programs = table.programs_for(batch * HEADS, torch.cuda.get_device_properties(0).multi_processor_count)
-        layers = [make_layer(batch, tokens, ranks, seed).planned(programs) for seed in range(count)]
-        size = read_bytes(batch, tokens, ranks)
-        for two_part in (False, True) if name == "r32" else (False,):
+        layers = [make_layer(batch, tokens, key, value, seed).planned(programs) for seed in range(count)]
+        size = read_bytes(batch, tokens, key, value)
+        for two_part in (False, True) if key is not RAW and name != "r64" else (False,):
             options = {"two_part_query": two_part}
             error = timed_shape_error(layers[0], **options)
+            if not error < TIMED_LIMIT:
+                sys.exit(f"ours {name} at B {batch}, T {tokens}: error {error:.2e}, limit {TIMED_LIMIT}")
             steps = (our_steps(layers, append, **options) for append in (False, True))
             more = {"error": error, "programs": programs, "splits": layers[0].view.splits.num_splits}
             results.add(batch, tokens, f"ours {name}" + (" two-part" if two_part else ""), size, *steps, **more)
@@ -284,14 +320,13 @@ def measure_shape(results: Table, batch: int, tokens: int, count: int, quick: bo
 def sweep(output: Path | None, facts: dict[str, object]) -> None:
     """Graph times of tile sizes and numbers of programs; the eight best of each shape are printed, all are saved."""
     rows: list[dict[str, object]] = []
-    for (batch, tokens), name in itertools.product(((32, 16384), (8, 8192), (1, 32768)), ("r32", "r128", "mixed48", "dense")):
-        base = [make_layer(batch, tokens, RANKS[name], seed) for seed in range(SHAPES[batch, tokens])]
-        size, first = read_bytes(batch, tokens, RANKS[name]), len(rows)
-        for block_n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4)):
-            if name != "r32" and (stages * block_n > 384 or warps * batch == 8):
-                continue
-            dense = (block_n, stages) if name == "dense" else (32, 2)
-            tiles = decode.Config(block_n, stages, *dense, warps)
+    names = [name for name, pair in CONFIGURATIONS.items() if RAW not in pair]
+    for (batch, tokens), name in itertools.product(((32, 16384), (1, 32768)), names):
+        key, value = CONFIGURATIONS[name]
+        base = [make_layer(batch, tokens, key, value, seed) for seed in range(SHAPES[batch, tokens])]
+        size, first = read_bytes(batch, tokens, key, value), len(rows)
+        for block_n, warps, stages in ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 2), (128, 8, 3), (32, 4, 3)):
+            tiles = decode.Config(block_n, stages, 32, 2, warps)
             for programs in (264, 396, 528, 1056):
                 layers = [layer.planned(programs) for layer in base]
                 try:
@@ -317,9 +352,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder for the CSV files")
     parser.add_argument("--sweep", action="store_true", help="also sweep tile sizes and numbers of programs")
-    parser.add_argument("--quick", action="store_true", help="only rank 32 and our own dense splits")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--gate-only", action="store_true", help="correctness only")
-    parser.add_argument("--gate-shapes", type=int, default=12, help="random shapes in the gate; each compiles two kernels")
+    parser.add_argument("--gate-shapes", type=int, default=6, help="random shapes in the gate; each compiles two kernels")
     args = parser.parse_args()
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,9 @@
 
     python benchmarks/check_model.py [--documents 100] [--output DIR]
 
-identity    float32, keep ratio 1.0, every head coded, no fallback: greedy tokens equal to the stock cache, batch 1 and left-padded batch 4
-bf16        (GPU) bfloat16, keep ratio 1.0: KL to the dense model <= 1e-5 nats per answer token
-backends    float32, keep ratio 0.25 and a mixed plan with zero-rank heads: all backends give the same logits to rounding
+identity    float32, every direction native, no fallback: greedy tokens equal to the stock cache, batch 1 and left-padded batch 4
+bf16        (GPU) bfloat16, every direction native: KL to the dense model <= 1e-5 nats per answer token
+backends    float32, a quarter of the Key directions, and mixed precisions of Keys and Values: all backends give the same logits to rounding
 allocator   (GPU) a cache of >= 100 MB: reported bytes within 2 % of what the allocator holds
 """
 
@@ -22,18 +22,30 @@ import torch
 import transformers
 
 from rotatek_compile.artifact import Artifact, Method
-from rotatek_compile.bases import calibrated_basis
 from rotatek_compile.batches import Encoded, encode, end_ids
 from rotatek_compile.calibrate import MomentStore, calibrate
 from rotatek_compile.calibration_data.bundled import BundledSet
-from rotatek_compile.compiler import artifact_tensors
+from rotatek_compile.compiler import artifact_tensors, bases_of
 from rotatek_compile.evaluate import Evaluator, evaluate
+from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.models import checked_geometry, load_config, load_model, load_processor, resolve
+from rotatek_compile.plan import HeadPlan, Plan
 from rotatek_compile.runtime.accounting import cache_bytes, cache_tensors, storage_bytes
 from rotatek_compile.runtime.backends import choose_backend
 from rotatek_compile.runtime.cache import RotateKCache
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.prepared import PreparedArtifact
+from rotatek_compile.sensitivity import Sensitivities
+
+MIXED = (  # for heads of 128, in turn
+    HeadPlan(Slabs(), Slabs(0, 0, 64)),
+    HeadPlan(Slabs(32), Slabs(128)),
+    HeadPlan(Slabs(8, 16, 32), Slabs(0, 64)),
+    HeadPlan(Slabs(128), Slabs(16, 0, 32)),
+    HeadPlan(Slabs(0, 0, 32), Slabs()),
+    HeadPlan(Slabs(0, 24), Slabs(0, 16, 16)),
+    HeadPlan(Slabs(0, 0, 128), Slabs(0, 128)),
+)
 
 
 class Bench:
@@ -50,30 +62,34 @@ class Bench:
         pad = self.processor.tokenizer.pad_token_id
         store = MomentStore({"check": str(dtype)}, scratch)
         self.moments = calibrate(self.model, items, self.geometry, store, 4, False, pad, quiet=True)
-        query = {i: self.moments.query_moment(i) for i in self.geometry.compressible}
-        self.bases = {i: calibrated_basis("two-sided", self.moments.covariance(i, "visual", "key"), query[i]) for i in query}
+        self.bases = bases_of(self.moments, self.geometry, "two-sided", "visual")
 
     def items(self, split: str, count: int) -> list[Encoded]:
         return [encode(self.processor, s, self.geometry, self.eos[0]) for s in BundledSet("mixed", split).iterate(count)]
 
-    def artifact(self, plan: dict[int, list[int]], fallback_factor: float = 0.0) -> Artifact:
+    def artifact(self, plan: Plan, fallback_factor: float = 0.0) -> Artifact:
         method = Method(fallback_factor=fallback_factor)
-        none = {i: torch.zeros(len(r), 0) for i, r in plan.items()}
-        tensors = artifact_tensors(self.geometry, method, self.moments, {"visual": self.bases}, plan, none)
+        none = {i: torch.zeros(len(heads), 0) for i, heads in plan.items()}
+        knockouts = {i: torch.zeros(len(heads)) for i, heads in plan.items()}
+        unmeasured = Sensitivities(none, none, 0.0)
+        tensors = artifact_tensors(self.geometry, method, self.moments, {"visual": self.bases}, plan, unmeasured, knockouts)
         return Artifact(self.geometry, method, tensors, {}, {})
 
-    def full(self) -> dict[int, list[int]]:
-        return {i: [self.geometry.layers[i].head_dim] * self.geometry.layers[i].kv_heads for i in self.geometry.compressible}
+    def keys(self, share: float) -> Plan:
+        """This share of every head's Key directions, native; Values raw."""
+        shapes = {i: self.geometry.layers[i] for i in self.geometry.compressible}
+        return {i: [HeadPlan(Slabs(int(s.head_dim * share)), Slabs(s.head_dim))] * s.kv_heads for i, s in shapes.items()}
 
-    def mixed(self) -> dict[int, list[int]]:
-        """Ranks 0, 8, ... in turn, some heads with none."""
+    def mixed(self) -> Plan:
+        """All precisions in turn, some sides with nothing."""
         count = 0
-        plan: dict[int, list[int]] = {}
+        plan: Plan = {}
         for i in self.geometry.compressible:
-            plan[i] = []
-            for _ in range(self.geometry.layers[i].kv_heads):
-                plan[i].append((0, 40, 8, 64, 24, 128, 16)[count % 7])
-                count += 1
+            shape = self.geometry.layers[i]
+            if shape.head_dim != 128:
+                raise SystemExit(f"the mixed plan is for heads of 128, layer {i} has {shape.head_dim}")
+            plan[i] = [MIXED[(count + h) % len(MIXED)] for h in range(shape.kv_heads)]
+            count += shape.kv_heads
         return plan
 
 
@@ -96,7 +112,7 @@ def generate(bench: Bench, batch: list[Encoded]) -> Any:
 def identity(bench: Bench, documents: int, backend: str) -> dict[str, Any]:
     """Documents whose greedy tokens differ from the stock cache's, batch 1 and left-padded batch 4."""
     items = bench.items("evaluation", documents)
-    artifact = bench.artifact(bench.full())
+    artifact = bench.artifact(bench.keys(1.0))
     result: dict[str, Any] = {"documents": documents, "backend": backend}
     for size in (1, 4):
         different, largest = 0, 0.0
@@ -115,10 +131,10 @@ def identity(bench: Bench, documents: int, backend: str) -> dict[str, Any]:
 
 
 def bf16(bench: Bench, documents: int, backend: str) -> dict[str, Any]:
-    """KL at keep ratio 1.0, both ways of asking."""
+    """KL with every direction native, both ways of asking."""
     items = bench.items("evaluation", documents)
     result: dict[str, Any] = {"documents": documents, "backend": backend}
-    with enable(bench.model, bench.artifact(bench.full()), backend=backend) as active:
+    with enable(bench.model, bench.artifact(bench.keys(1.0)), backend=backend) as active:
         for ask in ("after", "with"):
             evaluator = Evaluator(bench.model, bench.processor, ask, bench.eos, 24)
             rows = evaluate(evaluator, items, {"dense": evaluator.dense_cache, "ours": active.new_cache}, 25)
@@ -134,8 +150,7 @@ def backends(bench: Bench, documents: int) -> dict[str, Any]:
     items = bench.items("evaluation", documents)
     evaluator = Evaluator(bench.model, bench.processor, "after", bench.eos, 24)
     result: dict[str, Any] = {"documents": documents, "backends": names}
-    quarter = {i: [bench.geometry.layers[i].head_dim // 4] * bench.geometry.layers[i].kv_heads for i in bench.geometry.compressible}
-    for label, plan in (("quarter", quarter), ("mixed", bench.mixed())):
+    for label, plan in (("quarter", bench.keys(0.25)), ("mixed", bench.mixed())):
         artifact, outcomes = bench.artifact(plan), []
         for name in names:
             with enable(bench.model, artifact, backend=name) as active:
@@ -155,7 +170,7 @@ def backends(bench: Bench, documents: int) -> dict[str, Any]:
 def allocator(bench: Bench, backend: str, documents: int = 64) -> dict[str, Any]:
     """Reported bytes of one large batch against the allocator's."""
     items = bench.items("evaluation", documents)
-    prepared = PreparedArtifact(bench.artifact({i: [32] * bench.geometry.layers[i].kv_heads for i in bench.geometry.compressible}))
+    prepared = PreparedArtifact(bench.artifact(bench.keys(0.25)))
     chosen = choose_backend(backend, bench.device)
     evaluator = Evaluator(bench.model, bench.processor, "after", bench.eos, 8)
     with enable(bench.model, prepared.artifact, backend=backend):

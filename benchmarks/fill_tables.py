@@ -28,6 +28,9 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         ("docs/backbones.md", "skills"): [["check_skills.py", "--print", f"skills-{model}.csv"] for model in MODELS],
         ("docs/backbones.md", "knockout"): [["knockout.py", "--print", f"knockout-{model}.csv"] for model in MODELS],
     }
+    found["docs/codec.md", "codec"] = [["print_codec.py", "codec-tiny-llava-next.csv"]]
+    found["docs/codec.md", "broken"] = [["bench_broken_inputs.py", "--print", f"broken-{model}.csv"] for model in MODELS]
+    found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", "refresh-tiny-llava-next.csv"]]
     for model, file in suites.items():
         found["docs/rivals.md", model] = [["print_suite.py", file], ["print_suite.py", file, "--skills"]]
     return found

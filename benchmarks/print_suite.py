@@ -4,18 +4,23 @@
     python benchmarks/print_suite.py results.csv --skills     # exact match per skill, question asked after compression
     python benchmarks/print_suite.py results.csv --skills with
     python benchmarks/print_suite.py a.csv b.csv              # several models beside each other, question asked after compression
+
+Without --skills a second table follows where something of ours was measured at KV budgets: ours beside the best rival of each.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.suite import ALL, read_results
 
 Rows = list[dict[str, str]]
+NEGLIGIBLE_KL = 0.003  # nats per answer token: a best rival that loses no more leaves nothing to win
+WANTED_RATIO = 0.5
 
 
 def name_of(row: dict[str, str]) -> str:
@@ -85,6 +90,49 @@ def models_table(tables: list[Rows]) -> list[str]:
     return lines
 
 
+def versus_table(rows: Rows, asks: Sequence[str]) -> list[str]:
+    """Ours at each KV budget, beside the best rival within it and the best of those that need more; nothing where none was measured."""
+    chosen = [row for row in rows if row["skill"] == ALL and row["ask"] in asks and (row.get("rival") or row.get("above"))]
+    if not chosen:
+        return []
+    columns = ["budget", "ours", "coded span", "KL per token", "best rival within it, coded span", "KL per token", "ours / rival"]
+    columns += ["at most half", "best that needs more, coded span", "KL per token", "ours / rival"]
+    modes = list(dict.fromkeys(row["ask"] for row in chosen))
+    columns = (["asked"] if len(modes) > 1 else []) + columns
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for row in sorted(chosen, key=lambda row: (modes.index(row["ask"]), -float(row["requested_budget"]))):
+        cells = [f"`{row['ask']}`"] if len(modes) > 1 else []
+        cells += [fraction(float(row["requested_budget"])), name_of(row), share(row, "span"), f"{float(row['kl']):.1e}"]
+        cells += [*rival_cells(row, "rival"), verdict(row), *rival_cells(row, "above")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def rival_cells(row: dict[str, str], prefix: str) -> list[str]:
+    """A rival with its bytes, its KL, and the ratio of KLs with its interval; an empty end is infinite or no number."""
+    if not row[prefix]:
+        return ["-"] * 3
+    value, low, high = (f"{float(row[key]):.2g}" if row[key] else "-" for key in (f"{prefix}_{end}" for end in ("ratio", "low", "high")))
+    return [f"{row[prefix]}, {float(row[f'{prefix}_span']):.4f}", f"{float(row[f'{prefix}_kl']):.1e}", f"{value} [{low}, {high}]"]
+
+
+def fraction(budget: float) -> str:
+    """1/8 for 0.125, decimals for what is no such fraction."""
+    whole = round(1 / budget)
+    return f"1/{whole}" if abs(1 / budget - whole) < 1e-3 * whole and whole > 1 else f"{budget:.3g}"
+
+
+def verdict(row: dict[str, str]) -> str:
+    """Whether ours has at most half of the KL of the best rival within the budget, the interval excluding 1.
+
+    Nothing is said where no rival is, or where it loses almost nothing.
+    """
+    if not row["rival"] or float(row["rival_kl"]) <= NEGLIGIBLE_KL:
+        return "-"
+    known = row["rival_ratio"] and row["rival_high"]
+    return "yes" if known and float(row["rival_ratio"]) <= WANTED_RATIO and float(row["rival_high"]) < 1 else "no"
+
+
 def main() -> int:
     """Parse and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,9 +152,17 @@ def main() -> int:
     print("; ".join(heading(rows) for rows in tables) + "\n")
     if len(tables) > 1:
         print("\n".join(models_table(tables)))
+        for rows in tables:
+            if versus := versus_table(rows, (wanted,)):
+                print("\n".join(["", f"{rows[0]['model']}, ours beside the best rivals of each budget:", "", *versus]))
         return 0
     rows = tables[0]
-    print("\n".join(skills_table(rows, args.skills) if args.skills else methods_table(rows)))
+    if args.skills:
+        print("\n".join(skills_table(rows, args.skills)))
+        return 0
+    print("\n".join(methods_table(rows)))
+    if versus := versus_table(rows, list(dict.fromkeys(row["ask"] for row in rows))):
+        print("\n".join(["", "Ours beside the best rivals of each budget:", "", *versus]))
     return 0
 
 

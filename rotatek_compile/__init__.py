@@ -8,16 +8,23 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .api import disable, enabled, load
+    from .ask_many import compress
     from .compile_options import CompileOptions
     from .compiler import compile_artifact
     from .errors import ArtifactError, RotateKError, UsageError
+    from .runtime.document import Document, load_document
     from .runtime.enable import enable
+    from .runtime.saved import load_cache
 
 _PLACES = {
     "load": "api",
     "enabled": "api",
     "disable": "api",
     "enable": "runtime.enable",
+    "compress": "ask_many",
+    "Document": "runtime.document",
+    "load_document": "runtime.document",
+    "load_cache": "runtime.saved",
     "CompileOptions": "compile_options",
     "compile_artifact": "compiler",
     "RotateKError": "errors",
@@ -25,8 +32,8 @@ _PLACES = {
     "ArtifactError": "errors",
 }
 __all__ = [
-    "ArtifactError", "CompileOptions", "RotateKError", "UsageError", "__version__",
-    "compile_artifact", "disable", "enable", "enabled", "load",
+    "ArtifactError", "CompileOptions", "Document", "RotateKError", "UsageError", "__version__",
+    "compile_artifact", "compress", "disable", "enable", "enabled", "load", "load_cache", "load_document",
 ]  # fmt: skip
 
 

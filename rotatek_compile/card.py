@@ -14,6 +14,7 @@ from ._version import __version__
 from .artifact import CARD_FILE, IMAGE_TOKENS
 from .errors import RotateKError
 from .hub import PICTURE_FILE
+from .inspection import sizes
 
 TAGS = ("rotatek", "kv-cache", "kv-cache-compression")
 PLACE = "THIS_DIRECTORY"  # becomes the repository's name when the card is pushed
@@ -36,7 +37,8 @@ def model_card(artifact: Any, picture: bool = False, weights: bool = False) -> s
     method, report = artifact.method, artifact.report
     dense, compressed = report["kv_bytes_per_token"]["dense"], report["kv_bytes_per_token"]["compressed"]
     ours = method.rival is None
-    bytes_of = "without per-image means" if ours else f"in an image of {IMAGE_TOKENS} tokens"
+    bytes_of = "codes alone" if ours else f"in an image of {IMAGE_TOKENS} tokens"
+    smaller = f" ({dense / compressed:.2f}x)" if compressed else ""  # a plan may keep means alone
     visual = bool(artifact.geometry.visual_token_ids)
     task = IMAGE_TASK if visual else TEXT_TASK
     checked = checked_on(artifact.calibration.get("kept_aside", 1))
@@ -73,18 +75,17 @@ def model_card(artifact: Any, picture: bool = False, weights: bool = False) -> s
             *([] if hub_id or weights or base_is_bundled(artifact) else [_needs_base(), ""]),
             "## What it keeps",
             "",
-            f"- basis `{method.basis}`, {method.allocation} ranks, keep ratio {method.keep_ratio} of Key directions"
-            if ours
-            else f"- {method.words}",
+            f"- {method.words}",
             f"- span `{method.span}`, window {method.window} text tokens",
-            f"- bytes per coded token, all layers: {compressed:.0f} of {dense} dense ({dense / compressed:.2f}x), {bytes_of}",
+            f"- bytes per coded token, all layers: {compressed:.0f} of {dense} dense{smaller}, {bytes_of}",
+            *_kept(artifact),
             f"- calibrated on {artifact.calibration.get('num_samples')} samples of {_data_name(artifact.calibration)}",
             *([f"- KL of the plan on {checked}: {report['plan_kl']:.2e} nats per answer token"] if ours else []),
             "",
             *([f"![{_alternative(artifact)}]({PICTURE_FILE})", ""] if picture else []),
             "## Limits",
             "",
-            *(["Values are stored raw, so no more than half of the cache can be saved."] if ours else []),
+            *(["Values are stored raw, so no more than half of the cache can be saved."] if _raw_values(artifact) else []),
             "Accuracy holds for documents like the calibration data's; measure yours with",
             f"`rotatek-eval {PLACE} --data YOUR_DATA`. An artifact is data: it runs no code.",
             "",
@@ -247,17 +248,43 @@ def _needs_base() -> str:
     return "The base model is a local checkpoint; say where yours is with `--model PATH` (in Python `model=`)."
 
 
+def _kept(artifact: Any) -> list[str]:
+    """What an image takes with everything it needs, and how precisely Keys and Values are kept; nothing of a rival."""
+    found = sizes(artifact)
+    if found is None:
+        return []
+    image, unit = found["image_bytes"], "an image" if artifact.geometry.visual_token_ids else "a segment"
+    share = image["compressed"] / image["dense"]
+    return [
+        f"- {unit} of {IMAGE_TOKENS} tokens with its scales and means: {share:.4f} of its dense bytes",
+        f"- bits per channel: Keys {found['key_bits']:.2f}, Values {found['value_bits']:.2f}, where 16 are dense",
+    ]
+
+
+def _raw_values(artifact: Any) -> bool:
+    """Whether every Value is stored as it is."""
+    plan, layers = artifact.plan(), artifact.geometry.layers
+    return bool(plan) and all(head.value.native == layers[i].head_dim for i, heads in plan.items() for head in heads)
+
+
 def _alternative(artifact: Any) -> str:
     """What the picture shows, for those who do not see it."""
-    ranks = [rank for heads in artifact.ranks().values() for rank in heads]
-    if not ranks:
+    plan = artifact.plan()
+    if not plan:
         return "Knock-out cost of every layer and KV head"
-    layers = len(artifact.ranks())
-    none = sum(rank == 0 for rank in ranks)
+    heads = [head for row in plan.values() for head in row]
+    said = [_spread("Key", [head.key.rank for head in heads])]
+    if not _raw_values(artifact):
+        said.append(_spread("Value", [head.value.rank for head in heads]))
     return (
-        f"Directions kept in each of {layers} layers and {len(ranks)} (layer, KV head) pairs: {min(ranks)} to {max(ranks)}, "
-        f"mean {sum(ranks) / len(ranks):.1f}, {none} pairs keep none; beside it what cutting each pair alone costs"
+        f"What each of {len(plan)} layers and {len(heads)} (layer, KV head) pairs keeps: {'; '.join(said)}; "
+        "beside it what cutting each pair alone costs"
     )
+
+
+def _spread(side: str, ranks: list[int]) -> str:
+    none = f", {ranks.count(0)} pairs keep none" if 0 in ranks else ""
+    return f"{min(ranks)} to {max(ranks)} {side} directions, mean {sum(ranks) / len(ranks):.1f}{none}"
 
 
 def checked_on(kept_aside: int) -> str:

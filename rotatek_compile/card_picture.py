@@ -1,13 +1,16 @@
-"""The picture of a model card: which heads keep how much, beside what they matter; layers down, KV heads across."""
+"""The picture of a model card: which heads keep how much at which precision, beside what they matter; layers down, KV heads across."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .artifact import Artifact
+from .plan import SIDES
+from .plan_words import channel_bits, level_words
 
 FLOOR = 1e-6  # nats; a logarithmic colour scale has no zero, and less than this is rounding
 
@@ -43,19 +46,28 @@ def draw_heads(artifact: Artifact, file: Path) -> bool:
 def _panels(artifact: Artifact) -> list[tuple[str, Any, bool]]:
     """Title, table [layers, heads] (NaN where a layer has fewer heads) and whether colours are logarithmic."""
     panels = []
-    if ranks := artifact.ranks():
-        panels.append(("Key directions kept", _table([torch.tensor(row, dtype=torch.float32) for row in ranks.values()]), False))
+    plan, layers = artifact.plan(), artifact.geometry.layers
+    for side in SIDES if plan else ():
+        slabs = {i: [getattr(head, side) for head in heads] for i, heads in plan.items()}
+        if side == "value" and all(one.native == layers[i].head_dim for i, heads in slabs.items() for one in heads):
+            continue  # raw everywhere
+        name = f"{side.capitalize()}s"
+        panels.append((f"{name}: directions kept", _table([[one.rank for one in heads] for heads in slabs.values()]), False))
+        if any(one.scaled for heads in slabs.values() for one in heads):
+            bits = [[channel_bits(one, layers[i].head_dim) for one in heads] for i, heads in slabs.items()]
+            panels.append((f"{name}: bits per channel", _table(bits), False))
     if knockouts := artifact.knockout():
-        panels.append(("KL when the head's images are\nreplaced by their mean (nats)", _table(list(knockouts.values())), True))
-    elif ranks and artifact.method.levels:
-        worst = [artifact.tensors[f"layers.{i}.sensitivity"][:, 0] for i in ranks]
-        panels.append((f"KL when cut to rank {artifact.method.levels[0]} (nats)", _table(worst), True))
+        panels.append(("KL when the head's images are\nreplaced by their mean (nats)", _table(knockouts.values()), True))
+    elif (measured := artifact.sensitivity("key")) and artifact.method.levels:
+        title = f"KL when Keys are cut to {level_words(artifact.method.levels[0])} (nats)"
+        panels.append((title, _table([table[:, 0] for table in measured.values()]), True))
     return panels
 
 
-def _table(rows: list[torch.Tensor]) -> torch.Tensor:
-    table = torch.full((len(rows), max(len(row) for row in rows)), torch.nan)
-    for place, row in zip(table, rows, strict=True):
+def _table(rows: Iterable[Sequence[float] | torch.Tensor]) -> torch.Tensor:
+    filled = [torch.as_tensor(row, dtype=torch.float32) for row in rows]
+    table = torch.full((len(filled), max(len(row) for row in filled)), torch.nan)
+    for place, row in zip(table, filled, strict=True):
         place[: len(row)] = row
     return table
 

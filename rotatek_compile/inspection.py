@@ -5,19 +5,25 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from .artifact import Artifact
+from .artifact import IMAGE_TOKENS, Artifact
 from .errors import RotateKError
 from .knockout import diagnosis
+from .plan import SIDES, HeadPlan, Plan
+from .plan_words import level_words, mean_bits, segment_bytes, slab_words
+
+BIT_KEYS = {"Keys": "key_bits", "Values": "value_bits"}  # of `sizes`
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:
-    """Everything `rotatek-inspect --json` prints."""
+    """Everything `rotatek-inspect --json` prints; `plan` has native, 8-bit and 4-bit directions, `ranks` the Key directions in all."""
     return {
         "artifact": str(artifact.path),
         "base_model": artifact.base_model,
         "method": asdict(artifact.method),
         "calibration": artifact.calibration,
-        "ranks": {str(i): ranks for i, ranks in artifact.ranks().items()},
+        "ranks": {str(i): [head.key.rank for head in heads] for i, heads in artifact.plan().items()},
+        "plan": {str(i): [{side: list(getattr(head, side)) for side in SIDES} for head in heads] for i, heads in artifact.plan().items()},
+        "sizes": sizes(artifact),
         "kv_bytes_per_token": {"dense": artifact.geometry.dense_bytes_per_token(), "compressed": artifact.bytes_per_token()},
         "knockout": knockout_summary(artifact),
         "report": artifact.report,
@@ -31,38 +37,87 @@ def knockout_summary(artifact: Artifact) -> dict[str, Any] | None:
 
 
 def describe(artifact: Artifact) -> str:
-    """Header, one line per layer and head (rank, energy kept, expected squared logit error, KL when cut), and the map of knock-outs."""
-    return "\n".join([*_header(artifact), *_heads(artifact), *_knockout_map(artifact)])
+    """Header, one line per layer and head (what is kept at which precision, energy kept), what cuts cost, and the map of knock-outs."""
+    return "\n".join([*_header(artifact), *_heads(artifact), *_cuts(artifact), *_knockout_map(artifact)])
+
+
+def sizes(artifact: Artifact) -> dict[str, Any] | None:
+    """Bits per channel of Keys and of Values, and bytes of an image with all it needs; None for a rival."""
+    plan, layers = artifact.plan(), artifact.geometry.layers
+    if not plan:
+        return None
+    sides = {side: [(getattr(head, side), layers[i].head_dim) for (i, _), head in _places(plan)] for side in SIDES}
+    return {f"{side}_bits": mean_bits(every) for side, every in sides.items()} | {
+        "image_bytes": {
+            "dense": artifact.geometry.dense_bytes_per_token() * IMAGE_TOKENS,
+            "compressed": sum(segment_bytes(slabs, dim, IMAGE_TOKENS) for every in sides.values() for slabs, dim in every),
+        }
+    }
 
 
 def _header(artifact: Artifact) -> list[str]:
     method, dense, compressed = artifact.method, artifact.geometry.dense_bytes_per_token(), artifact.bytes_per_token()
-    return [
+    smaller = f"{dense / compressed:.2f}x smaller" if compressed else "means alone"
+    lines = [
         f"base model {artifact.base_model.get('id')} ({artifact.geometry.model_type}), "
         f"{len(artifact.geometry.compressible)} layers compressed",
         f"{method.words}, span {method.span}, window {method.window}",
         f"calibrated on {artifact.calibration.get('num_samples')} samples of {artifact.calibration.get('data')}",
-        f"bytes per coded token, all layers: {dense} dense, {compressed:.0f} compressed ({dense / compressed:.2f}x smaller)",
+        f"bytes per coded token, all layers: {dense} dense, {compressed:.0f} compressed ({smaller})",
     ]
+    if (found := sizes(artifact)) is not None:
+        whole = found["image_bytes"]
+        lines.append(
+            f"bits per channel: Keys {found['key_bits']:.2f}, Values {found['value_bits']:.2f}; an image of {IMAGE_TOKENS} tokens with its "
+            f"scales and means: {whole['compressed']:,} bytes of {whole['dense']:,} ({whole['compressed'] / whole['dense']:.4f})"
+        )
+    return lines
 
 
 def _heads(artifact: Artifact) -> list[str]:
-    if artifact.method.rival is not None:
+    plan, layers = artifact.plan(), artifact.geometry.layers
+    if not plan:
         return []
-    levels = " ".join(f"{level:>9}" for level in artifact.method.levels)
+    names = {place: [slab_words(getattr(head, side), layers[place[0]].head_dim) for side in SIDES] for place, head in _places(plan)}
+    wide = [max(len(title), *(len(words[n]) for words in names.values())) for n, title in enumerate(("Keys", "Values"))]
     # only this basis's spectrum is in squared logits (bases.py)
     cut_name = "logit error²" if artifact.method.basis == "two-sided" else "  energy cut"
-    lines = ["", f"layer head  rank  energy kept  {cut_name}   KL when cut to rank {levels}"]
-    for i, ranks in artifact.ranks().items():
-        sensitivity = artifact.tensors[f"layers.{i}.sensitivity"]
-        spectrum = artifact.tensors[f"layers.{i}.{artifact.method.kinds[0]}.key_spectrum"]
-        for h, rank in enumerate(ranks):
-            total = float(spectrum[h].sum())
-            kept = float(spectrum[h, :rank].sum()) / total if total > 0 else 1.0
-            error = float(spectrum[h, rank:].sum())
-            cut = " ".join(f"{float(x):9.2e}" for x in sensitivity[h])
-            lines.append(f"{i:5} {h:4} {rank:5} {kept:12.4f} {error:13.3e}   {'':19} {cut}")
+    lines = [
+        "",
+        "directions × bits, bytes per token, share of the energy that they hold, and what the directions left out hold of the Keys'",
+        f"layer head  {'Keys':{wide[0]}}  {'Values':{wide[1]}}  bytes  Key energy  {cut_name}  Value energy",
+    ]
+    for (i, h), head in _places(plan):
+        words = "  ".join(f"{text:{size}}" for text, size in zip(names[i, h], wide, strict=True))
+        (kept, error), (values, _) = (_energy(artifact, i, h, side, getattr(head, side).rank) for side in SIDES)
+        lines.append(f"{i:5} {h:4}  {words}  {head.bytes_per_token:5} {kept:11.4f} {error:13.3e} {values:13.4f}")
     return lines
+
+
+def _energy(artifact: Artifact, layer: int, head: int, side: str, rank: int) -> tuple[float, float]:
+    """Share of the energy in the first `rank` directions, and what is left out."""
+    spectrum = artifact.tensors[f"layers.{layer}.{artifact.method.kinds[0]}.{side}_spectrum"][head]
+    total = float(spectrum.sum())
+    return float(spectrum[:rank].sum()) / total if total > 0 else 1.0, float(spectrum[rank:].sum())
+
+
+def _cuts(artifact: Artifact) -> list[str]:
+    lines = []
+    for side, words in zip(SIDES, ("Keys", "Values"), strict=True):
+        found = artifact.sensitivity(side) if artifact.method.levels else {}
+        if not found:
+            continue
+        labels = [f"{level_words(level):>9}" for level in artifact.method.levels]
+        lines += ["", f"KL when the {words} of one head alone are cut (nats per answer token)", f"layer head  {' '.join(labels)}"]
+        for i, table in found.items():
+            for h, row in enumerate(table.tolist()):
+                cut = " ".join(f"{x:{len(label)}.2e}" for x, label in zip(row, labels, strict=True))
+                lines.append(f"{i:5} {h:4}  {cut}")
+    return lines
+
+
+def _places(plan: Plan) -> list[tuple[tuple[int, int], HeadPlan]]:
+    return [((i, h), head) for i, heads in plan.items() for h, head in enumerate(heads)]
 
 
 def _knockout_map(artifact: Artifact) -> list[str]:
@@ -97,8 +152,29 @@ def compare(first: Artifact, second: Artifact) -> str:
             lines.append(f"{name}: {value} | {other[name]}")
     a, b = first.bytes_per_token(), second.bytes_per_token()
     lines.append(f"bytes per coded token: {a:.0f} | {b:.0f}")
-    if first.method.rival is None and second.method.rival is None:
-        lines.append("layer  ranks | ranks")
-        ranks = second.ranks()
-        lines.extend(f"{i:5}  {r} | {ranks[i]}" for i, r in first.ranks().items())
+    one, two = sizes(first), sizes(second)
+    if one and two:
+        lines += [f"bits per channel, {words}: {one[key]:.2f} | {two[key]:.2f}" for words, key in BIT_KEYS.items()]
+        lines += _plans_beside(first, second)
     return "\n".join(lines)
+
+
+def _plans_beside(first: Artifact, second: Artifact) -> list[str]:
+    """Heads whose plans differ."""
+    plans, layers = (first.plan(), second.plan()), first.geometry.layers
+    rows = []
+    for (i, h), head in _places(plans[0]):
+        other = plans[1][i][h]
+        if head != other:
+            cells = (slab_words(getattr(one, side), layers[i].head_dim) for side in SIDES for one in (head, other))
+            rows.append([f"{i:5} {h:4}", *cells])
+    heads = sum(map(len, plans[0].values()))
+    if not rows:
+        return [f"plan: the same in all {heads} heads"]
+    titles = ["layer head", "Keys", "Keys", "Values", "Values"]
+    wide = [max(len(row[n]) for row in [titles, *rows]) for n in range(len(titles))]
+    table = []
+    for row in [titles, *rows]:
+        place, key, other_key, value, other_value = (f"{text:{size}}" for text, size in zip(row, wide, strict=True))
+        table.append(f"{place}  {key} | {other_key}  {value} | {other_value}".rstrip())
+    return [f"plan: {len(rows)} of {heads} heads differ (directions × bits)", *table]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -128,7 +129,23 @@ def exact_match_loss(reference: Row, row: Row) -> tuple[float, tuple[float, floa
     Raises:
         ValueError: the rows hold different documents.
     """
-    if [o.id for o in reference.outcomes] != [o.id for o in row.outcomes]:
-        raise ValueError("rows of different documents cannot be compared")
+    _require_same(reference, row)
     first, second = ([o.exact for o in r.outcomes] for r in (reference, row))
     return (sum(first) - sum(second)) / max(len(first), 1), Bootstrap(len(first)).difference(first, second)
+
+
+def kl_ratio(row: Row, other: Row) -> tuple[float, tuple[float, float]]:
+    """KL per token of one method over that of another on the same documents, with the paired interval; NaN where both lost nothing.
+
+    Raises:
+        ValueError: the rows hold different documents.
+    """
+    _require_same(row, other)
+    above, below = row.kl, other.kl
+    ratio = above / below if below > 0 else math.inf if above > 0 else math.nan
+    return ratio, Bootstrap(row.samples).ratio([o.kl for o in row.outcomes], [o.kl for o in other.outcomes])
+
+
+def _require_same(first: Row, second: Row) -> None:
+    if [o.id for o in first.outcomes] != [o.id for o in second.outcomes]:
+        raise ValueError("rows of different documents cannot be compared")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RotateKError
+from .names import OURS
 
 MEASURES = {"exact_match": "exact match", "kl": "KL to the dense model, nats per answer token"}
 LEAST_KL = 1e-8  # a logarithmic axis has no zero
@@ -67,11 +68,11 @@ def _panel(axes: Any, rows: list[dict[str, Any]], measure: str) -> None:
     from matplotlib import colormaps
 
     floor = LEAST_KL if measure == "kl" else 0.0
-    for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        own = [row for row in rows if row["method"] == name and float(row["span_bytes_dense"]) > 0]
+    for number, name in enumerate(dict.fromkeys(map(_curve, rows))):
+        own = [row for row in rows if _curve(row) == name and float(row["span_bytes_dense"]) > 0]
         if not own:  # the dense model has no coded span
             if measure == "exact_match":
-                level = float(next(row for row in rows if row["method"] == name)[measure])
+                level = float(next(row for row in rows if _curve(row) == name)[measure])
                 axes.axhline(level, color="black", linestyle=":", label=name)
             continue
         own.sort(key=lambda row: float(row["span_bytes"]))
@@ -87,3 +88,9 @@ def _panel(axes: Any, rows: list[dict[str, Any]], measure: str) -> None:
     if measure == "kl":
         axes.set_yscale("log")
     axes.grid(True, which="both", alpha=0.2)
+
+
+def _curve(row: dict[str, Any]) -> str:
+    """What a point belongs to: our own method at budgets is another curve than at keep ratios, with the same rank in every head."""
+    by_rank = row["method"] == OURS and not row.get("kv_budget")
+    return f"{row['method']}, uniform ranks" if by_rank else str(row["method"])

@@ -8,26 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from .artifact import IMAGE_TOKENS, RANK_STEP, Artifact
+from .artifact import IMAGE_TOKENS, Artifact
+from .inspection import sizes
+from .kernels.slabs import Slabs
 from .knockout import diagnosis
+from .plan import SIDES, Plan
+from .plan_words import channel_bits, level_words, mean_bytes, scale_bytes
+from .report_predictions import Budget, Map, budgets_of, errors_of
 
-Map = dict[int, np.ndarray]  # by layer; the first axis is KV heads
 ANGLE_SHARE = 4  # principal angles are between subspaces of D / ANGLE_SHARE directions, whatever the budget: artifacts stay comparable
 LARGEST = 1e300  # of a number of report.json: JSON has integers that no float holds
 LONGEST = 200  # characters of one fact; artifacts come from strangers
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What is expected at one share of Key directions: KL in nats per answer token, with allocated and with uniform ranks.
-
-    bytes: of one coded token over its dense bytes, Values included.
-    """
-
-    share: float
-    bytes: float
-    allocated: float
-    uniform: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +26,13 @@ class Numbers:
     """One artifact. Maps hold fp64 [Hkv] by layer unless said; a quantity that the artifact lacks is empty, and `missing` says why.
 
     basis: None for a rival. main: the token kind that plots are about, `visual`, or `text` for a model without images.
-    facts: what it is, in words. dims: D by layer. ranks: directions kept. knockouts: KL when a head's image Keys and Values become
-    their means. cuts: KL when its Keys alone are cut, by rank. spectra: [Hkv, D] by kind and side, such as `visual.key`.
+    facts: what it is, in words. dims: D by layer. plan: by layer and head. knockouts: KL when a head's image Keys and Values become
+    their means. cuts: KL when its Keys (Values) alone are cut, by side and level. spectra: [Hkv, D] by kind and side, such as
+    `visual.key`. errors: by side and level, what the cut leaves of a head's spectrum as error, rounding of its codes included.
     angles: degrees [Hkv, D / 4], ascending, between the leading directions of image and of text Keys.
     parts: bytes of `IMAGE_TOKENS` coded tokens by part and layer; dense: the same of the stock cache.
-    predicted: KL of the plan as the sum of its heads' own costs; measured: KL of the whole plan on documents kept aside.
+    budgets: expected KL over bytes as allocated; uniform: of the best plan that is the same in every head; exact: of the artifact's own.
+    measured: KL of the whole plan on documents kept aside.
     """
 
     name: str
@@ -47,27 +40,41 @@ class Numbers:
     main: str
     facts: dict[str, str]
     dims: dict[int, int]
-    ranks: Map
+    plan: Plan
     knockouts: Map
     diagnosis: dict[str, Any]
-    cuts: dict[int, Map]
+    cuts: dict[str, dict[Slabs, Map]]
+    errors: dict[str, dict[Slabs, Map]]
     spectra: dict[str, Map]
     angles: Map
     parts: dict[str, dict[int, float]]
     dense: dict[str, dict[int, float]]
     budgets: list[Budget]
-    predicted: float | None
+    uniform: list[Budget]
+    exact: Budget | None
     measured: float | None
     missing: dict[str, str]
 
-    def kept(self, kind: str) -> Map:
-        """Share of a kind's Key energy in the kept directions; 1 where there is none to keep."""
-        return {i: _kept(s, self.ranks[i]) for i, s in self.spectra.get(f"{kind}.key", {}).items()}
+    def slabs(self, side: str) -> dict[int, list[Slabs]]:
+        """One side of the plan."""
+        return {i: [getattr(head, side) for head in heads] for i, heads in self.plan.items()}
 
-    def discarded(self, rank: int | None = None) -> Map:
-        """Energy of the main kind's Key directions from `rank` on, or from each head's own rank on."""
-        spectra = self.spectra.get(f"{self.main}.key", {})
-        return {i: _tails(s, self.ranks[i] if rank is None else np.full(len(s), rank)) for i, s in spectra.items()}
+    def ranks(self, side: str) -> Map:
+        """Directions kept."""
+        return {i: np.array([one.rank for one in heads]) for i, heads in self.slabs(side).items()}
+
+    def bits(self, side: str) -> Map:
+        """Bits per channel."""
+        return {i: np.array([channel_bits(one, self.dims[i]) for one in heads]) for i, heads in self.slabs(side).items()}
+
+    def raw(self, side: str) -> bool:
+        """Whether every head of one side is stored as it is."""
+        return all(one == Slabs(self.dims[i]) for i, heads in self.slabs(side).items() for one in heads)
+
+    def kept(self, name: str) -> Map:
+        """Share of the energy in the kept directions for one of `spectra`; 1 where there is none to keep."""
+        ranks = self.ranks(name.rpartition(".")[2])
+        return {i: _kept(s, ranks[i]) for i, s in self.spectra.get(name, {}).items()}
 
     def needed(self, name: str, share: float) -> Map:
         """The fewest directions that hold a share of the energy, for one of `spectra`."""
@@ -81,28 +88,29 @@ def numbers(artifact: Artifact) -> Numbers:
         UsageError: the artifact names a rival that does not exist.
     """
     ours = artifact.method.rival is None
-    ranks = {i: np.array(r) for i, r in artifact.ranks().items()}
     knockouts = {i: t.double().numpy() for i, t in artifact.knockout().items()}
     spectra, angles = (_spectra(artifact), _angles(artifact)) if ours else ({}, {})
     cuts = _cuts(artifact) if ours else {}
-    budgets, predicted = _budgets(artifact, ranks) if cuts else ([], None)
-    parts, dense = _bytes(artifact, ranks)
+    budgets, uniform, exact = budgets_of(artifact) if cuts else ([], [], None)
+    parts, dense = _bytes(artifact)
     return Numbers(
         name=artifact.remote.repo if artifact.remote else artifact.path.resolve().name if artifact.path else "artifact",
         basis=artifact.method.basis if ours else None,
         main=artifact.method.kinds[0],
         facts=_facts(artifact),
         dims={i: artifact.geometry.layers[i].head_dim for i in artifact.geometry.compressible},
-        ranks=ranks,
+        plan=artifact.plan(),
         knockouts=knockouts,
         diagnosis=diagnosis(artifact.knockout()) if knockouts else {},
         cuts=cuts,
+        errors=errors_of(artifact, cuts),
         spectra=spectra,
         angles=angles,
         parts=parts,
         dense=dense,
         budgets=budgets,
-        predicted=predicted,
+        uniform=uniform,
+        exact=exact,
         measured=_number(artifact.report.get("plan_kl")) if ours else None,
         missing=_missing(artifact, bool(knockouts), bool(cuts), bool(budgets)),
     )
@@ -122,10 +130,16 @@ def _facts(artifact: Artifact) -> dict[str, str]:
         "coded": " and ".join({"visual": "images", "text": "older text"}[kind] for kind in method.kinds),
         "raw window": f"{method.window} text tokens",
         "calibrated on": f"{data.get('num_samples', '?')} samples of {_name(data.get('data'), data.get('split') == 'local')}",
-        "bytes per coded token": f"{compressed:,.0f} of {dense:,} dense ({dense / compressed:.2f}× smaller)",
+        "bytes per coded token": f"{compressed:,.0f} of {dense:,} dense" + (f" ({dense / compressed:.2f}× smaller)" if compressed else ""),
+        **_precision(artifact),
         "made with": ", ".join(f"{k} {v}" for k, v in artifact.libraries.items()),
     }
     return {label: text[:LONGEST] for label, value in facts.items() if (text := str(value or ""))}
+
+
+def _precision(artifact: Artifact) -> dict[str, str]:
+    found = sizes(artifact)
+    return {"bits per channel": f"{found['key_bits']:.2f} of Keys, {found['value_bits']:.2f} of Values, 16 dense"} if found else {}
 
 
 def _name(value: Any, local: bool) -> str:
@@ -148,20 +162,26 @@ def _missing(artifact: Artifact, knockouts: bool, cuts: bool, budgets: bool) -> 
     if not cuts:
         found |= dict.fromkeys(("cuts", "errors", "budgets"), "No sensitivities were measured for this artifact.")
     elif not budgets:
-        found["budgets"] = f"Sensitivities at ranks {list(method.levels)} cannot be interpolated; they must ascend from 0 in steps of 8."
+        levels = ", ".join(level_words(level) for level in method.levels)
+        words = f"Sensitivities at {levels} cannot be interpolated; the first must keep no direction, and none more than there are."
+        found |= dict.fromkeys(("errors", "budgets"), words)
     return found
 
 
 def _spectra(artifact: Artifact) -> dict[str, Map]:
     kinds = artifact.method.kinds
-    names = [*(f"{kind}.key" for kind in kinds), f"{kinds[0]}.value"]
+    names = [f"{kind}.{side}" for side in SIDES for kind in kinds]
     layers = artifact.geometry.compressible
     return {name: {i: artifact.tensors[f"layers.{i}.{name}_spectrum"].double().numpy() for i in layers} for name in names}
 
 
-def _cuts(artifact: Artifact) -> dict[int, Map]:
-    table = {i: artifact.tensors[f"layers.{i}.sensitivity"].double().clamp_min(0).numpy() for i in artifact.geometry.compressible}
-    return {level: {i: heads[:, n] for i, heads in table.items()} for n, level in enumerate(artifact.method.levels)}
+def _cuts(artifact: Artifact) -> dict[str, dict[Slabs, Map]]:
+    found = {}
+    for side in SIDES:
+        table = {i: t.double().clamp_min(0).numpy() for i, t in artifact.sensitivity(side).items()}
+        if table and artifact.method.levels:
+            found[side] = {level: {i: heads[:, n] for i, heads in table.items()} for n, level in enumerate(artifact.method.levels)}
+    return found
 
 
 def _angles(artifact: Artifact) -> Map:
@@ -183,7 +203,7 @@ def _angles(artifact: Artifact) -> Map:
     return found
 
 
-def _bytes(artifact: Artifact, ranks: Map) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
+def _bytes(artifact: Artifact) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
     layers, tokens = artifact.geometry.layers, IMAGE_TOKENS
     half = {i: 2.0 * tokens * layers[i].kv_heads * layers[i].head_dim for i in artifact.geometry.compressible}
     dense = {"Keys": half, "Values": dict(half)}
@@ -193,42 +213,14 @@ def _bytes(artifact: Artifact, ranks: Map) -> tuple[dict[str, dict[int, float]],
         coder = PreparedArtifact(artifact).coder
         assert coder is not None
         return {"everything kept": {i: float(coder.bytes_of(tokens, i)) for i in half}}, dense
-    codes = {i: 2.0 * tokens * float(r.sum()) for i, r in ranks.items()}
-    means = {i: 4.0 * layers[i].kv_heads * layers[i].head_dim for i in half}  # one fp32 Key mean per head and image
-    return {"Key codes": codes, "Values": dict(half), "Key means": means}, dense
-
-
-def _budgets(artifact: Artifact, ranks: Map) -> tuple[list[Budget], float | None]:
-    """Expected KL at every whole number of steps, and of the plan itself; nothing if the levels cannot be interpolated."""
-    from . import allocate as allocation  # brings transformers with it
-
-    geometry, levels = artifact.geometry, artifact.method.levels
-    main = artifact.method.kinds[0]
-    dims = [geometry.layers[i].head_dim for i in ranks]
-    ascending = all(a < b for a, b in zip(levels, levels[1:], strict=False))
-    if not levels or levels[0] != 0 or not ascending or any(x % RANK_STEP for x in levels) or levels[-1] > min(dims):
-        return [], None
-    curves: dict[int, list[np.ndarray]] = {}  # what allocation sees: with the small weight that orders heads of no measured cost
-    costs: dict[int, list[np.ndarray]] = {}
-    for i in ranks:
-        measured, spectrum = artifact.tensors[f"layers.{i}.sensitivity"].clamp_min(0), artifact.tensors[f"layers.{i}.{main}.key_spectrum"]
-        curves[i] = [allocation.cost_curve(levels, m, s) for m, s in zip(measured, spectrum, strict=True)]
-        steps = np.arange(0, spectrum.shape[1] + 1, RANK_STEP)
-        shares = [np.array([1 - _kept(s[None], np.array([n]))[0] for n in steps]) for s in spectrum.double().numpy()]
-        costs[i] = [np.maximum(c - allocation.TIE_WEIGHT * s, 0.0) for c, s in zip(curves[i], shares, strict=True)]
-
-    def cost(plan: Any) -> float:
-        return float(sum(costs[i][h][int(r) // RANK_STEP] for i, heads in plan.items() for h, r in enumerate(heads)))
-
-    def size(plan: Any) -> float:
-        values = sum(geometry.layers[i].kv_heads * geometry.layers[i].head_dim for i in plan)
-        return (sum(sum(heads) for heads in plan.values()) + values) / (2 * values)
-
-    found, count = [], min(dims) // RANK_STEP
-    for n in range(count + 1):
-        best, uniform = allocation.allocate(geometry, curves, n / count), allocation.uniform_plan(geometry, n / count)
-        found.append(Budget(n / count, size(uniform), cost(best), cost(uniform)))
-    return found, cost(ranks)
+    plan, found = artifact.plan(), {}
+    for side, words in zip(SIDES, dense, strict=True):
+        slabs = {i: [getattr(head, side) for head in heads] for i, heads in plan.items()}
+        found[words] = {i: float(tokens * sum(one.bytes_per_token() for one in heads)) for i, heads in slabs.items()}
+    every = {i: [one for head in heads for one in head] for i, heads in plan.items()}
+    found["scales"] = {i: float(sum(scale_bytes(one) for one in sides)) for i, sides in every.items()}
+    found["means"] = {i: float(sum(mean_bytes(one, layers[i].head_dim) for one in sides)) for i, sides in every.items()}
+    return found, dense
 
 
 def _number(value: Any) -> float | None:

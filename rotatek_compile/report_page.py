@@ -17,7 +17,7 @@ from .artifact import Artifact
 from .errors import RotateKError
 from .markup import node, page_text, table
 from .report_data import Numbers, numbers
-from .report_panels import Panel, difference
+from .report_panels import Panel, differences
 from .report_plots import WIDTH
 from .report_sections import Section, sections
 from .report_style import STYLE
@@ -39,9 +39,10 @@ def page(artifacts: Sequence[Artifact]) -> str:
     shown = [s for s in made if any(not p.without for p in s.panels)]
     absent = [s for s in made if all(p.without for p in s.panels)]
     cards = [_section(s, every) for s in shown]
-    if len(every) == 2 and (grid := difference(*every)) is not None:
-        how = f"Directions that {every[1].name} keeps more (+) or less (-) than {every[0].name}."
-        cards.insert(1, node("section", node("h2", "Where the two differ"), node("p", how, class_="how"), node("div", _figure("", grid))))
+    if len(every) == 2 and (maps := differences(*every)):
+        how = f"What {every[1].name} keeps more (+) or less (-) of than {every[0].name}."
+        grids = node("div", *(_figure(*one) for one in maps), class_="plots small" if len(maps) > 1 else "plots")
+        cards.insert(1, node("section", node("h2", "Where the two differ"), node("p", how, class_="how"), grids))
     if absent:
         reasons: dict[str, list[str]] = {}
         for s in absent:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from xml.etree.ElementTree import Element
 
 import numpy as np
 
+from .kernels.slabs import Slabs
 from .markup import node, short, tenth
+from .plan_words import slab_words
 
 WIDTH = 360.0
 LEAST_KL = 1e-6  # nats per answer token: below it a logarithmic colour or axis shows rounding
@@ -112,8 +114,8 @@ def heat_map(
     return _svg(width, top + len(table) * high + 2, label, [*columns, grid, *parts])
 
 
-def spectra(table: Mapping[int, np.ndarray], ranks: Mapping[int, np.ndarray], label: str, over: Mapping[int, np.ndarray]) -> Element:
-    """One small picture for each head: energies over directions on a logarithmic axis, filled up to what is kept.
+def spectra(table: Mapping[int, np.ndarray], slabs: Mapping[int, Sequence[Slabs]], label: str, over: Mapping[int, np.ndarray]) -> Element:
+    """One small picture for each head: energies over directions on a logarithmic axis, filled by the precision that they are kept at.
 
     Args:
         table: energies [Hkv, D] by layer. over: others, drawn as a line; may be empty.
@@ -127,13 +129,13 @@ def spectra(table: Mapping[int, np.ndarray], ranks: Mapping[int, np.ndarray], la
         y = top + n * high
         parts.append(_text(left - 4, y + high / 2 + 3.5, str(layer), "end"))
         for h, energies in enumerate(spectrum):
-            rank, dim = int(ranks[layer][h]), len(energies)
+            kept, dim = slabs[layer][h], len(energies)
             box = (left + h * wide, y, wide - 2.0, high - 3.0)
             floor = f"M{tenth(box[0])} {tenth(y)}h{tenth(box[2])}v{tenth(box[3])}H{tenth(box[0])}z"
-            group = node(
-                "g", node("title", f"layer {layer}, head {h}: {rank} of {dim} directions kept"), node("path", d=floor, class_="floor")
-            )
-            for start, end, color in ((rank, dim, "off"), (0, rank, "hi")):
+            words = f"layer {layer}, head {h}: {slab_words(kept, dim)}, {kept.rank} of {dim} directions"
+            group = node("g", node("title", words), node("path", d=floor, class_="floor"))
+            ends = [0, *accumulate(kept), dim]
+            for start, end, color in reversed([*zip(ends, ends[1:], ("hi", "hi8", "hi4", "off"), strict=False)]):
                 if end > start:
                     group.append(node("path", d=_under(energies, start, end, box), class_=color))
             if layer in over:

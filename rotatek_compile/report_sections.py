@@ -5,19 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from .report_costs import budgets_panel, cuts_panel, errors_panel, knockouts_panel
 from .report_data import ANGLE_SHARE, Numbers
-from .report_panels import (
-    Panel,
-    angles_panel,
-    budgets_panel,
-    bytes_panel,
-    cuts_panel,
-    errors_panel,
-    knockouts_panel,
-    ranks_panel,
-    spectra_panel,
-    variance_panel,
-)
+from .report_panels import Panel, angles_panel, bytes_panel, ranks_panel, spectra_panel, variance_panel
 from .report_plots import LEAST_KL
 
 
@@ -34,7 +24,7 @@ SECTIONS: tuple[tuple[str, str, str, Draw], ...] = (
     (
         "ranks",
         "What each head keeps",
-        "Directions kept of each KV head's Keys: layers down, heads across.",
+        "Directions kept of each KV head's Keys and Values, and bits per channel over all of its channels: layers down, heads across.",
         ranks_panel,
     ),
     (
@@ -47,13 +37,14 @@ SECTIONS: tuple[tuple[str, str, str, Draw], ...] = (
     (
         "cuts",
         "What a cut costs",
-        "KL of the answers when the Keys of one head alone are cut to so many directions; ranks are allocated by it. Logarithmic colours.",
+        "KL of the answers when the Keys, or the Values, of one head alone are cut to so many directions × bits; budgets are spent by it. "
+        "Logarithmic colours.",
         cuts_panel,
     ),
     (
         "spectra",
         "Spectra and the kept part",
-        "Energy of each head's directions in order, on a logarithmic axis from its largest down to a millionth of it.",
+        "Energy of each head's directions in order, on a logarithmic axis from its largest down to a millionth of it, coloured by bits.",
         spectra_panel,
     ),
     (
@@ -73,19 +64,21 @@ SECTIONS: tuple[tuple[str, str, str, Draw], ...] = (
         "errors",
         "Predicted against measured error",
         "One dot for each head and cut. The nearer to a rising line, the better the energy that is cut tells what the cut costs. "
-        f"Costs below {LEAST_KL:.0e} nats are rounding; they stand on the axis.",
+        f"Rounding of 8 and 4 bits counts as error. Costs below {LEAST_KL:.0e} nats are rounding; they stand on the axis.",
         errors_panel,
     ),
     (
         "budgets",
         "KL over budget",
-        "The sum of what each head's cut costs alone, at every budget. Heads that stand in for one another make the whole cost more.",
+        "What the plan for each budget of Keys and Values together should cost, from what each head's cuts cost alone. Heads that stand in "
+        "for one another make the whole cost more.",
         budgets_panel,
     ),
     (
         "bytes",
         "Bytes by part",
-        "One segment, at 2 bytes a number, Key means at 4. Bases are shared by all sequences; one corrected for an image would add to it.",
+        "One segment: codes, a scale of 2 bytes for each direction of 8 or 4 bits, and a mean of 2 bytes a channel. Bases are shared "
+        "by all sequences; one corrected for an image would add to it.",
         bytes_panel,
     ),
 )

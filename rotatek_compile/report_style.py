@@ -25,11 +25,11 @@ svg text{font-size:11.5px;fill:var(--soft);font-family:inherit}svg text.on{fill:
 ul.key{list-style:none;margin:.3em 0;padding:0;display:flex;flex-wrap:wrap;gap:2px 14px;font-size:.85rem;color:var(--soft)}
 ul.key i{display:inline-block;width:12px;height:12px;border-radius:2px;margin-right:5px;vertical-align:-1px;border:1px solid transparent}
 ul.key i.ramp{width:60px;background:linear-gradient(90deg,transparent,var(--hi));border-color:var(--line)}
-i.none{border-color:var(--line)!important}i.full,i.hi{background:var(--hi)}i.off{background:var(--off)}
+i.none{border-color:var(--line)!important}i.full,i.hi,i.hi8,i.hi4{background:var(--hi)}i.hi8{opacity:.65}i.hi4{opacity:.38}i.off{background:var(--off)}
 i.f-a{background:var(--a)}i.f-b{background:var(--b)}i.f-c{background:var(--c)}i.f-d{background:var(--d)}i.f-e{background:var(--e)}
 .cells{fill:var(--hi)}.cells path{stroke:var(--line);stroke-width:.6}.cells .less{fill:var(--less)}
 .cells .marked{stroke:var(--ink);stroke-width:1.4}.cells~text{pointer-events:none}
-.hi{fill:var(--hi)}.off{fill:var(--off)}.over{fill:none;stroke:var(--b);stroke-width:.9}.floor{fill:var(--line);fill-opacity:.35}
+.hi,.hi8,.hi4{fill:var(--hi)}.hi8{fill-opacity:.65}.hi4{fill-opacity:.38}.off{fill:var(--off)}.over{fill:none;stroke:var(--b);stroke-width:.9}.floor{fill:var(--line);fill-opacity:.35}
 .grid{stroke:var(--line);stroke-width:.7}.axis{stroke:var(--soft)}.reference{stroke:var(--soft);stroke-dasharray:4 3}
 polyline{fill:none;stroke-width:2;stroke-linejoin:round}.thin{stroke-width:.8;stroke-opacity:.45}
 .s-a{stroke:var(--a)}.s-b{stroke:var(--b)}.s-c{stroke:var(--c)}.s-d{stroke:var(--d)}.s-e{stroke:var(--e)}

@@ -12,7 +12,7 @@ import io
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ._version import __version__
 from .artifact import Artifact
 from .batches import Encoded, processor_hash
 from .calibration_data.registry import DataSource
+from .comparison import Against, against_rivals
 from .errors import RotateKError
 from .evaluate import Evaluator, evaluate
 from .journal import Journal
@@ -30,22 +31,24 @@ from .models import Source, fingerprint
 from .outcomes import Outcome, Row, exact_match_loss
 
 RESULTS = "results.csv"
-QUICK_DOCUMENTS = 12  # 30 methods in two modes: 3 minutes on one core with the bundled model
+QUICK_DOCUMENTS = 12  # 40 methods in two modes: 6 minutes on one core with the bundled model
 ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One entry in one mode, beside the dense model on the same documents."""
+    """One entry in one mode, beside the dense model on the same documents, and beside the best rivals for what is ours at a budget."""
 
     ask: str
     entry: Entry
     row: Row
     dense: Row
+    against: Against | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The row of DESIGN.md §7, and what it was asked for."""
-        return {"ask": self.ask} | self._about() | self.row.to_json() | self._loss(self.row, self.dense)
+        found = {"ask": self.ask} | self._about() | self.row.to_json() | self._loss(self.row, self.dense)
+        return found | {"against": self.against.to_json() if self.against else None}
 
     def table_rows(self) -> list[dict[str, Any]]:
         """Flat rows for the CSV: all documents, then every skill."""
@@ -54,7 +57,8 @@ class Measured:
         rows = []
         for skill, row, dense in groups:
             about = {"ask": self.ask, "method": self.row.method} | self._about() | {"skill": skill}
-            rows.append(about | _flat(row.accuracy() | self._loss(row, dense)) | row.sizes())
+            against = self.against if self.against and skill == ALL else Against()
+            rows.append(about | _flat(row.accuracy() | self._loss(row, dense)) | row.sizes() | against.to_json())
         return rows
 
     def _about(self) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def run_entries(
         for row in rows:
             entry, row.method = labels[row.method], labels[row.method].method
             measured.append(Measured(ask, entry, row, rows[0]))
-    return measured
+    return [replace(one, against=against_rivals(one, measured)) for one in measured]
 
 
 def batch_sizes(documents: int, batch_size: int) -> list[int]:

@@ -96,9 +96,9 @@ def make(parse_script):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder to run in, and less to measure."""
-    from rotatek_compile import compiler, suite
+    from rotatek_compile import compile_options, compiler, suite
 
-    monkeypatch.setattr(compiler, "SENSITIVITY_DOCUMENTS", 1)
+    monkeypatch.setattr(compile_options, "SENSITIVITY_SAMPLES", 1)
     monkeypatch.setattr(suite, "QUICK_DOCUMENTS", 1)
     monkeypatch.setattr(compiler, "draw_heads", lambda *_: False)  # the card's picture: test_card.py
     monkeypatch.chdir(tmp_path)

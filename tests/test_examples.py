@@ -26,8 +26,19 @@ server = load("rotatek_hub_fixtures", "tests/hub_fixtures.py").server  # a Hub o
 builders = load("rotatek_family_builders", "tests/families/builders.py")
 play = reading.play
 
-PLAYED = ("README.md", "CONTRIBUTING.md", "docs/data.md", "docs/families.md", "docs/generation.md", "docs/hub.md", "docs/inspect.md",
-          "docs/rivals.md", "docs/trust.md")  # fmt: skip
+PLAYED = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/ask_many.md",
+    "docs/codec.md",
+    "docs/data.md",
+    "docs/families.md",
+    "docs/generation.md",
+    "docs/hub.md",
+    "docs/inspect.md",
+    "docs/rivals.md",
+    "docs/trust.md",
+)
 LAUNCHERS = ("docs/backbones.md", "docs/scale.md")  # test_example_launchers.py
 ELSEWHERE = {  # pages whose blocks are run by a test of their own
     "docs/data.md": "calibration_data/test_docs.py",
@@ -99,13 +110,14 @@ def test_readme(command, cli, here, server, make, parse_script, caches, monkeypa
 
         model, processor = load_base(read_artifact(Path("artifact")), device="cpu")
         model.generation_config.max_new_tokens = 3
-        names = {"my_model": model, "inputs": model_inputs(processor, list(sample.images), sample.question)}
+        names = {"my_model": model, "inputs": model_inputs(processor, list(sample.images), sample.question), "images": list(sample.images)}
         caches.clear()
         exec(compile(example.text, str(example), "exec"), names)  # noqa: S102 - our own page
         names["model"].generate(**names["inputs"], max_new_tokens=3)
         model.generate(**names["inputs"])
-        compiled, half, loaded, stock = caches
-        assert all(isinstance(cache, RotateKCache) for cache in (compiled, half, loaded)) and not isinstance(stock, RotateKCache)
+        compiled, half, *asked, loaded, stock = caches
+        assert all(isinstance(cache, RotateKCache) for cache in (compiled, half, *asked, loaded)) and not isinstance(stock, RotateKCache)
+        assert Path("pages.rtk").stat().st_size > 0
         assert total(loaded) == total(compiled) < total(half)
 
     def demo(example):
@@ -146,13 +158,29 @@ def test_readme(command, cli, here, server, make, parse_script, caches, monkeypa
 def test_table_of_options(command, here, cli):
     """Every option of the README's table, with the value shown, at once; the values are the defaults."""
     rows = re.findall(r"^\| `(--[\w-]+) (\S+)`(.*?)\|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(rows) == 7
-    compiling = [word for option, value, where in rows if not where.strip() for word in (option, value)]
+    assert len(rows) == 10
+    others = {"--kv-budget", "--max-kl"}  # other budgets than the default one
+    compiling = [word for option, value, where in rows if not where.strip() and option not in others for word in (option, value)]
     plan = ("compile", "--model", "tiny-llava-next", "--calib", "mixed", "-o", "out", "--dry-run")
     assert cli(*plan, *compiling).out == cli(*plan).out != ""
+    for option, value, _ in (row for row in rows if row[0] in others):
+        assert cli(*plan, option, value).out not in ("", cli(*plan).out)
     for option, value, where in rows:
         for name in re.findall("run|eval", where):
             parse(reading.Example("README.md", 0, "inline", f"rotatek-{name} {option} {value}"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_codec(here, compiled, data_file, parse_script, capsys):
+    """The block runs; compiling and evaluating at budgets is parsed here and run by the tests of the commands."""
+    Path("artifact").symlink_to(compiled)
+    Path("page1.png").symlink_to(data_file.parent / "page1.png")
+
+    def python(example):
+        exec(compile(example.text, str(example), "exec"), {})  # noqa: S102 - our own page
+
+    play("docs/codec.md", {"rotatek": parse, "python block": python, "python": parse_script}, {})
+    assert capsys.readouterr().out.split()[0] == "0"
 
 
 def test_contributing(make):
@@ -181,6 +209,22 @@ def test_families(command, here):
         'rotatek-run artifact --prompt "..."': run,
     }
     play("docs/families.md", {"rotatek": command}, special)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ask_many(here, compiled, data_file, parse_script):
+    """The blocks one after another; answers of a random model are any text."""
+    Path("artifact").symlink_to(compiled)
+    Path("page1.png").symlink_to(data_file.parent / "page1.png")
+    names = {}
+
+    def python(example):
+        exec(compile(example.text, str(example), "exec"), names)  # noqa: S102 - our own page
+
+    special = {"python benchmarks/bench_ask_many.py ARTIFACT": parse_script}
+    play("docs/ask_many.md", {"python block": python}, special)
+    assert Path("page1.rtk").is_file() and names["out"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    assert names["turn"].past_key_values.tokens()[0] > names["batch"].cache.tokens()[0] > 0
 
 
 def test_inspect(command, here, compiled, make_checkpoint, cli, data_file):

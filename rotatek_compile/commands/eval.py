@@ -37,8 +37,8 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of, 
     shell_complete=one_of(METHODS),
     help="Another method too: rotatek or a rival; may repeat.",
 )
-@click.option("--kv-budget", "budgets", type=float, multiple=True, metavar="F", help="KV bytes of images over dense; may repeat.")
-@click.option("--keep-ratio", "ratios", type=float, multiple=True, metavar="F", help="What a method keeps of Keys or heads; may repeat.")
+@click.option("--kv-budget", "budgets", type=float, multiple=True, metavar="F", help="A --method's KV bytes over dense ones; may repeat.")
+@click.option("--keep-ratio", "ratios", type=float, multiple=True, metavar="F", help="What a --method keeps of Keys or heads; may repeat.")
 @click.option("--suite", shell_complete=one_of(SUITES), help="A whole comparison: rivals.")
 @click.option("--quick", is_flag=True, help="Only 12 documents: minutes on a small machine.")
 @click.option("--num-samples", type=int, help="Documents.  [default: 50]")
@@ -69,7 +69,9 @@ def command(artifact: str, data: str, **options: Any) -> None:
         return
     for ask in asks:
         click.echo(f"{data}, {samples} samples, question asked {ask} compression")
-        _print([row for row in rows if row["ask"] == ask])
+        own = [row for row in rows if row["ask"] == ask]
+        _print(own)
+        _print_remarks(own)
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -175,9 +177,29 @@ def _write_card(artifact: Any, measured: list[Any], facts: dict[str, Any], optio
         write_measured(artifact.path, base_name(artifact)[1], [m.to_json() for m in measured], facts)
 
 
+def _name(row: dict[str, Any]) -> str:
+    alone = row["method"] == "artifact" or not row["setting"]
+    return row["method"] if alone else f"{row['method']} ({row['setting']})"
+
+
+def _print_remarks(rows: list[dict[str, Any]]) -> None:
+    """Where heads kept more than planned, and how ours stands beside the best rivals of its budget."""
+    for row in rows:
+        if row["fallback_heads"]:
+            click.echo(f"{_name(row)} kept more than planned in {row['fallback_heads']} (document, head, segment) places")
+    for row in rows:
+        found = row["against"] or {}
+        prefix, words = (
+            ("rival", "the best rival within its bytes") if found.get("rival") else ("above", "the best rival, which needs more")
+        )
+        if found.get(f"{prefix}_ratio") is not None:
+            low, high = ("inf" if end is None else f"{end:.2g}" for end in (found[f"{prefix}_low"], found[f"{prefix}_high"]))
+            beside = f"{found[prefix]} at {found[f'{prefix}_span']:.3f} of the span, KL {found[f'{prefix}_kl']:.2e}"
+            click.echo(f"{_name(row)}: {found[f'{prefix}_ratio']:.2g} [{low}, {high}] of the KL of {words}: {beside}")
+
+
 def _print(rows: list[dict[str, Any]]) -> None:
-    short = [row["method"] == "artifact" or not row["setting"] for row in rows]
-    named = [(row["method"] if alone else f"{row['method']} ({row['setting']})", row) for alone, row in zip(short, rows, strict=True)]
+    named = [(_name(row), row) for row in rows]
     width = max(10, *(len(name) for name, _ in named))
     metric = rows[0]["metric"]  # the data set's own; those of every row are always shown
     wide = max(7, len(metric)) if metric not in ("exact_match", "anls") else 0

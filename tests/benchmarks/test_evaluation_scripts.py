@@ -124,6 +124,64 @@ def test_suite_as_markdown(table, monkeypatch, capsys):
     assert printer.main() == 1 and capsys.readouterr().err.startswith("error: ")
 
 
+def compared(table, **cells):
+    """The table with ours at two budgets beside rivals."""
+    with table.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    names = [f"{prefix}{end}" for prefix in ("rival", "above") for end in ("", "_span", "_kl", "_ratio", "_low", "_high")]
+    none, int8 = ("",) * 6, ("int8", 0.5156, 4e-6, 1250, 900, 2000)
+    for budget, ask, values in (
+        (0.125, "after", ("head-drop (4 of 20 heads)", 0.1216, 0.02, 0.25, 0.2, 0.4, *int8)),
+        (0.5, "after", ("int4", 0.2656, 0.002, 0.1, 0.05, 0.2, *none)),
+        (0.0123, "after", ("int4", 0.2656, 0.02, 0.4, 0.3, 1.2, *none)),
+        (0.25, "with", (*none, "int4", 0.2656, 0, "", "", "")),
+    ):
+        own = next(row for row in rows if (row["method"], row["ask"], row["skill"]) == ("int4", ask, "all"))
+        about = {"method": "rotatek", "setting": f"KV budget {budget}", "requested_budget": budget, "kv_budget": budget, "kl": 0.005}
+        rows.append(own | about | dict(zip(names, values, strict=True)))
+    with table.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], *names], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_ours_beside_the_best_rival(table, monkeypatch, capsys, twice):
+    compared(table)
+    if not twice:  # both modes of one model
+        lines = [line for line in table.read_text().splitlines() if not line.startswith("with,rotatek")]
+        table.write_text("\n".join(lines) + "\n")
+    printer = script("print_suite")
+    monkeypatch.setattr(sys, "argv", ["print_suite", *[str(table)] * (2 if twice else 1)])
+    if not twice:
+        rows = printer.read_results(table)
+        assert printer.versus_table(rows, ("with",)) == []
+        found = printer.versus_table(rows, ("after", "with"))
+    else:
+        assert printer.main() == 0
+        out = capsys.readouterr().out.splitlines()
+        found = out[out.index("m, ours beside the best rivals of each budget:") + 2 :][:5]
+    assert found[0] == (
+        "| budget | ours | coded span | KL per token | best rival within it, coded span | KL per token | ours / rival | at most half "
+        "| best that needs more, coded span | KL per token | ours / rival |"
+    )
+    # a rival that lost next to nothing says nothing, and neither does an interval that holds 1
+    dropped, more = "head-drop (4 of 20 heads), 0.1216 | 2.0e-02 | 0.25 [0.2, 0.4] | yes", "int8, 0.5156 | 4.0e-06 | 1.2e+03 [9e+02, 2e+03]"
+    assert found[2:] == [
+        "| 1/2 | rotatek, KV budget 0.5 | 0.3000 | 5.0e-03 | int4, 0.2656 | 2.0e-03 | 0.1 [0.05, 0.2] | - | - | - | - |",
+        f"| 1/8 | rotatek, KV budget 0.125 | 0.3000 | 5.0e-03 | {dropped} | {more} |",
+        "| 0.0123 | rotatek, KV budget 0.0123 | 0.3000 | 5.0e-03 | int4, 0.2656 | 2.0e-02 | 0.4 [0.3, 1.2] | no | - | - | - |",
+    ]
+
+
+def test_modes_are_told_apart(table, capsys):
+    compared(table)
+    printer = script("print_suite")
+    lines = printer.versus_table(printer.read_results(table), ("after", "with"))
+    assert lines[0].startswith("| asked | budget |") and [line.split(" | ")[0] for line in lines[2:]] == ["| `after`"] * 3 + ["| `with`"]
+    assert lines[-1].endswith("| - | - | - | - | int4, 0.2656 | 0.0e+00 | - [-, -] |")
+
+
 def test_models_beside_each_other(table, monkeypatch, capsys):
     other = table.with_name("other.csv")
     lines = [line for line in table.read_text().splitlines() if not line.startswith(("after,dense", "with,dense"))]

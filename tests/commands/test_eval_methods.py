@@ -60,6 +60,21 @@ def test_methods(cli, measured, data_file):
     assert 0 < dropped["span_bytes"] <= 0.5 * dropped["span_bytes_dense"] and dropped["kl"] > 0
 
 
+def test_own_bases_at_budgets_beside_a_rival(cli, measured, data_file):
+    """Every budget is kept for images of 512 tokens; these are shorter, and the comparison is with what takes no more than ours."""
+    more = ("--method", "rotatek", "--method", "int4", "--kv-budget", 0.5, "--kv-budget", 0.35)
+    ended = cli("eval", measured, "--data", data_file, *QUICK, *more, "--json")
+    rows = json.loads(ended.out)["rows"]
+    assert [row["method"] for row in rows] == ["dense", "artifact", "rotatek", "rotatek", "int4"]
+    large, small, int4 = rows[2:]
+    assert (large["requested_budget"], small["requested_budget"]) == (0.5, 0.35) and large["setting"] == "KV budget 0.5"
+    assert 0 < small["span_bytes"] < large["span_bytes"] and large["kl"] <= small["kl"]
+    assert large["against"]["rival"] == "int4" and large["against"]["rival_kl"] == pytest.approx(int4["kl"]) and int4["against"] is None
+    assert rows[1]["against"] is None  # compiled for a keep ratio
+    text = cli("eval", measured, "--data", data_file, *QUICK, *more).out
+    assert "rotatek (KV budget 0.5): " in text and "of the KL of the best rival within its bytes: int4 at 0." in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -68,8 +83,8 @@ def test_methods(cli, measured, data_file):
         (["--method", "int4", "--kv-budget", "0"], "--kv-budget 0.0 is out of range"),
         (["--method", "think", "--keep-ratio", "2"], "--keep-ratio 2.0 is out of range"),
         (["--kv-budget", "0.5"], "--kv-budget says how a --method is to be run"),
-        (["--method", "rotatek"], "--method rotatek needs --keep-ratio"),
-        (["--method", "rotatek", "--kv-budget", "0.5"], "use --keep-ratio"),
+        (["--method", "rotatek"], "--method rotatek needs --kv-budget or --keep-ratio"),
+        (["--method", "rotatek", "--kv-budget", "0.001"], "--kv-budget 0.001 "),
         (["--suite", "all", "--output", "x"], "unknown --suite 'all'; choose one of rivals"),
         (["--suite", "rival"], "unknown --suite 'rival'; choose one of rivals"),
         (["--suite", "rivals"], "--suite writes files; say where with --output DIR"),
@@ -83,6 +98,14 @@ def test_usage(cli, measured, data_file, tmp_path, monkeypatch, untouched, argum
     monkeypatch.chdir(tmp_path)
     assert words in cli("eval", measured, "--data", data_file, "--device", "cpu", *arguments).sentence(2)
     untouched(tmp_path)
+
+
+def test_heads_that_fell_back_are_said(capsys):
+    from rotatek_compile.commands.eval import _print_remarks
+
+    rows = [{"method": "artifact", "setting": "x", "fallback_heads": n, "against": None} for n in (0, 3)]
+    _print_remarks(rows)
+    assert capsys.readouterr().out == "artifact kept more than planned in 3 (document, head, segment) places\n"
 
 
 def test_learned_method_without_knockouts(cli, unmeasured, data_file):

@@ -134,7 +134,8 @@ def test_inspect(cli, compiled, broken_artifact):
     assert {i: len(ranks) for i, ranks in result["ranks"].items()} == {"0": 2, "1": 2, "2": 2}
     words = cli("inspect", compiled).out
     assert "bytes per coded token, all layers: 768 dense, 480 compressed (1.60x smaller)" in words
-    assert len([line for line in words.splitlines() if line[:1] == " "]) == 6  # a line per layer and head
+    # a line per layer and head: of the plan, and of what cuts of its Keys and of its Values cost
+    assert len([line for line in words.splitlines() if line[:1] == " "]) == 18
     assert "bytes per coded token: 480 | 480" in cli("inspect", compiled, broken_artifact).out
 
 

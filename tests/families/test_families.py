@@ -17,6 +17,8 @@ from rotatek_compile.batches import Encoded, encode, end_ids, pad, rope_index
 from rotatek_compile.calibration_data.registry import open_data
 from rotatek_compile.cutter import Cutter
 from rotatek_compile.evaluate import Evaluator
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.plan import HeadPlan
 from rotatek_compile.runtime.cache import RotateKCache, RotateKLayer
 
 NAMES = [*builders.VISION, *builders.TEXT_ONLY]
@@ -57,9 +59,9 @@ def test_half_rank_equals_reconstruction_and_codes_what_it_should(family, name):
     compiled = family(name)
     inputs = batch(compiled)
     stock = compiled.generate(inputs)
-    with enable(compiled.model, compiled.artifact, backend="reconstruct"):
+    with enable(compiled.model, compiled.artifact, backend="reconstruct", fallback=False):
         expected = compiled.generate(inputs)
-    with enable(compiled.model, compiled.artifact) as active:
+    with enable(compiled.model, compiled.artifact, fallback=False) as active:
         got = compiled.generate(inputs)
     check_equal(got, expected)
     assert (got.logits - stock.logits).abs().max() > 1e-3  # something is left out
@@ -115,7 +117,9 @@ def test_sensitivities_are_what_cutting_the_stock_cache_gives(family, family_dat
     items = [encode(compiled.processor, source.sample(n), geometry, builders.EOS, rope) for n in range(rows)]
     cutter = Cutter(compiled.model, geometry, bases, span_all=compiled.text_only)
     doc = cutter.prefill(*items)
-    plans = [{i: {head: rank}} for i in geometry.compressible for head in range(2) for rank in (0, 8)]
+    raw = {i: Slabs(geometry.layers[i].head_dim) for i in geometry.compressible}
+    cuts = (lambda r: (Slabs(), r), lambda r: (Slabs(8), r), lambda r: (r, Slabs()))
+    plans = [{i: {head: HeadPlan(*cut(raw[i]))}} for i in geometry.compressible for head in range(2) for cut in cuts]
     got = cutter.kl_each(doc, [(plan, ()) for plan in plans])
     rest = pad([item.prompt[item.visual_end :] + item.answer[:-1] for item in items], 0)
     for plan, values in zip(plans, got, strict=True):

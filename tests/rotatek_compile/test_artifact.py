@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from rotatek_compile import ArtifactError, RotateKError
 from rotatek_compile.artifact import CONFIG_FILE, TENSOR_FILE, read_artifact, write_artifact
+from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.output import atomic_directory
+from rotatek_compile.plan import HeadPlan
 
 ENCODE = "layers.1.visual.key_encode"
 
@@ -55,7 +57,11 @@ def test_round_trip(compiled, tmp_path):
 def test_what_was_compiled(compiled):
     artifact = read_artifact(compiled)
     assert artifact.geometry.compressible == (0, 1, 2)
-    assert sum(map(sum, artifact.ranks().values())) == 6 * 32 // 4
+    heads = [head for heads in artifact.plan().values() for head in heads]
+    assert sum(head.key.native for head in heads) == sum(head.key.rank for head in heads) == 6 * 32 // 4
+    assert {head.value for head in heads} == {Slabs(32)}
+    assert artifact.method.levels == (Slabs(), Slabs(nibble=16))
+    assert all(artifact.sensitivity(side)[i].shape == (2, 2) for side in ("key", "value") for i in range(3))
     assert artifact.bytes_per_token() == 3 * 2 * 2 * 32 + 2 * 48
     assert artifact.calibration["num_samples"] == 4 and artifact.calibration["split"] == "local"
     for i in range(3):
@@ -66,7 +72,7 @@ def test_what_was_compiled(compiled):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(format_version=2), "format_version 2 is newer than 1; upgrade rotatek-compile"),
+        (lambda c: c.update(format_version=3), "format_version 3 is newer than 2; upgrade rotatek-compile"),
         (lambda c: c.update(format_version=0), "format_version is 0"),
         (lambda c: c.update(format_version="1"), "format_version is '1', not a whole number"),
         (lambda c: c.pop("format_version"), "format_version is None"),
@@ -80,13 +86,16 @@ def test_what_was_compiled(compiled):
         (lambda c: c["geometry"]["layers"][1].update(kv_heads=0), "layer 1 has kv_heads 0, expected 1 to 4096"),
         (lambda c: c["geometry"]["layers"][1].update(kv_heads=3), "layer 1 has 4 query heads and 3 KV heads"),
         (lambda c: c["geometry"]["layers"][1].update(head_dim=-8), "layer 1 has head_dim -8, expected 1 to 1024"),
-        (lambda c: c["geometry"]["layers"][1].update(kv_heads=4), "layers.1.key_rank has shape [2], the geometry wants [4]"),
+        (lambda c: c["geometry"]["layers"][1].update(kv_heads=4), "layers.1.key_plan has shape [2, 3], the geometry wants [4, 3]"),
         (lambda c: [layer.update(layer_type="sliding_attention") for layer in c["geometry"]["layers"]] and None, "no full_attention layer"),
         (lambda c: c.pop("rotatek") and None, "section rotatek is missing"),
         (lambda c: c["rotatek"].update(basis="svd"), "basis is 'svd'"),
         (lambda c: c["rotatek"].update(basis=["pca"]), "basis is ['pca']"),
         (lambda c: c["rotatek"].update(span="some"), "span is 'some'"),
-        (lambda c: c["rotatek"].update(key_bits="4"), "key_bits is '4', which this version cannot run"),
+        (lambda c: c["rotatek"].update(key_bits="2"), "key_bits is '2', which this version cannot run"),
+        (lambda c: c["rotatek"].update(value_bits=4), "value_bits is 4, which this version cannot run"),
+        (lambda c: c["rotatek"].update(max_kl=-1), "max_kl is -1"),
+        (lambda c: c["rotatek"].update(max_kl=True), "max_kl is True"),
         (lambda c: c["rotatek"].update(window=0), "window is 0"),
         (lambda c: c["rotatek"].update(window="128"), "window is '128'"),
         (lambda c: c["rotatek"].update(keep_ratio=float("nan")), "is not readable JSON (NaN is no JSON number)"),
@@ -97,9 +106,14 @@ def test_what_was_compiled(compiled):
         (lambda c: c["geometry"].update(position_axes="three"), "position_axes is 'three'"),
         (lambda c: c["rotatek"].update(keep_ratio="0.25"), "keep_ratio is '0.25'"),
         (lambda c: c["rotatek"].update(fallback_factor="8"), "fallback_factor is '8'"),
-        (lambda c: c["rotatek"].update(levels=[1.5]), "levels is [1.5], expected a list of ranks"),
-        (lambda c: c["rotatek"].update(levels=7), "levels is 7, expected a list of ranks"),
-        (lambda c: c["rotatek"].update(levels=[0]), "layers.0.sensitivity has shape [2, 2], the geometry wants [2, 1]"),
+        (lambda c: c["rotatek"].update(levels=[8]), "levels is [8], expected a list of [native, 8-bit, 4-bit] directions"),
+        (lambda c: c["rotatek"].update(levels=7), "levels is 7, expected a list of [native, 8-bit, 4-bit] directions"),
+        (lambda c: c["rotatek"].update(levels=[[0, 0]]), "levels is [[0, 0]], expected a list"),
+        (lambda c: c["rotatek"].update(levels=[[0, 0, 8]]), "levels is [[0, 0, 8]], expected a list"),
+        (lambda c: c["rotatek"].update(levels=[[0, 0, 2048]]), "levels is [[0, 0, 2048]], expected a list"),
+        (lambda c: c["rotatek"].update(levels=[[0, True, 0]]), "levels is [[0, True, 0]], expected a list"),
+        (lambda c: c["rotatek"].update(levels=[[0, 0, 0]] * 65), "expected a list"),
+        (lambda c: c["rotatek"].update(levels=[[0, 0, 0]]), "layers.0.key_sensitivity has shape [2, 2], the geometry wants [2, 1]"),
         (lambda c: c.pop("base_model") and None, "section base_model is missing"),
         (lambda c: c["base_model"].update(id=None), "base_model.id is None, expected text"),
         (lambda c: c["base_model"].update(revision=3), "base_model.revision is 3"),
@@ -250,15 +264,20 @@ def with_entry(index, value):
     [
         (put(ENCODE, with_entry((0, 3, 5), float("nan"))), f"tensor {ENCODE} holds NaN or infinity"),
         (put("layers.0.visual.key_mean", with_entry((0, 0), float("inf"))), "layers.0.visual.key_mean holds NaN or infinity"),
-        (put("layers.2.sensitivity", with_entry((0, 0), float("nan"))), "layers.2.sensitivity holds NaN or infinity"),
+        (put("layers.2.key_sensitivity", with_entry((0, 0), float("nan"))), "layers.2.key_sensitivity holds NaN or infinity"),
+        (put("layers.2.value_sensitivity", with_entry((0, 0), float("inf"))), "layers.2.value_sensitivity holds NaN or infinity"),
+        (lambda tensors: tensors.pop("layers.1.value_sensitivity"), "tensor layers.1.value_sensitivity is missing"),
         (put(ENCODE, with_entry((1, slice(None), 4), 0.0)), f"tensor {ENCODE} is not safely invertible"),
         (put(ENCODE, torch.zeros_like), f"tensor {ENCODE} is not safely invertible"),
         (put(ENCODE, lambda t: torch.diag(torch.logspace(0, 5, 32)).expand(2, 32, 32)), "(condition 1e+05 > 1e4)"),
         (put("layers.1.visual.value_spectrum", torch.neg), "layers.1.visual.value_spectrum has a negative entry"),
-        (put("layers.1.key_rank", with_entry(0, 12)), "allowed are multiples of 8 from 0 to 32"),
-        (put("layers.1.key_rank", with_entry(0, 40)), "key_rank is [40, "),
-        (put("layers.1.key_rank", with_entry(1, -8)), "allowed are multiples of 8 from 0 to 32"),
-        (put("layers.1.key_rank", torch.Tensor.float), "layers.1.key_rank is float32, expected int32"),
+        (put("layers.1.key_plan", with_entry((0, 0), 12)), "tensor layers.1.key_plan: slabs (12, 0, 0) (native, 8 bit, 4 bit) must be"),
+        (put("layers.1.key_plan", with_entry(0, torch.tensor([0, 40, 0]))), "layers.1.key_plan: slabs (0, 40, 0)"),
+        (put("layers.1.key_plan", with_entry((1, 1), -8)), "multiples of 8, 8 and 16, zero included, of at most 32 directions together"),
+        (put("layers.1.value_plan", with_entry((0, 2), 8)), "layers.1.value_plan: slabs (32, 0, 8)"),
+        (put("layers.1.value_plan", with_entry((0, 2), 16)), "layers.1.value_plan: slabs (32, 0, 16)"),
+        (put("layers.1.value_plan", lambda t: t[:, :2]), "tensor layers.1.value_plan has shape [2, 2], the geometry wants [2, 3]"),
+        (put("layers.1.key_plan", torch.Tensor.float), "layers.1.key_plan is float32, expected int32"),
         (put(ENCODE, torch.Tensor.bfloat16), f"tensor {ENCODE} is bfloat16, expected float16"),
         (put(ENCODE, lambda t: t.to(torch.float8_e4m3fn)), f"tensor {ENCODE} is 'F8_E4M3', expected float16"),
         (put(ENCODE, lambda t: t[:, :, :-1]), f"tensor {ENCODE} has shape [2, 32, 31], the geometry wants [2, 32, 32]"),
@@ -268,7 +287,7 @@ def with_entry(index, value):
         (put("layers.1.knockout", torch.Tensor.double), "layers.1.knockout is float64, expected float32"),
         (lambda tensors: tensors.pop("layers.1.knockout"), "tensor layers.1.knockout is missing"),
         (lambda tensors: tensors.pop(ENCODE), f"tensor {ENCODE} is missing"),
-        (lambda tensors: tensors.clear() or tensors.update(other=torch.zeros(1)), "tensor layers.0.key_rank is missing"),
+        (lambda tensors: tensors.clear() or tensors.update(other=torch.zeros(1)), "tensor layers.0.key_plan is missing"),
     ],
 )
 def test_damaged_tensors(broken_artifact, change, words):
@@ -277,16 +296,64 @@ def test_damaged_tensors(broken_artifact, change, words):
     assert words in said and said.endswith("; compile the artifact again")
 
 
-def test_artifacts_of_the_first_version_load(broken_artifact):
-    """They have no knock-outs, no rival and no position axes."""
-    edit_tensors(broken_artifact, lambda tensors: [tensors.pop(f"layers.{i}.knockout") for i in range(3)])
+RANKS = [[8, 0], [16, 32], [0, 24]]
+
+
+@pytest.fixture
+def first_format(broken_artifact):
+    """By hand what the first version wrote: no knock-outs, rival or position axes; ranks of native Keys and their sensitivities."""
+
+    def older_tensors(tensors):
+        for i, ranks in enumerate(RANKS):
+            for name in ("knockout", "key_plan", "value_plan", "key_sensitivity", "value_sensitivity"):
+                del tensors[f"layers.{i}.{name}"]
+            tensors[f"layers.{i}.key_rank"] = torch.tensor(ranks, dtype=torch.int32)
+            tensors[f"layers.{i}.sensitivity"] = torch.tensor([[1.0, 0.5, 0.25]] * 2) + i
 
     def older(config):
-        del config["geometry"]["position_axes"], config["rotatek"]["rival"], config["rotatek"]["kv_budget"]
+        for section, names in (("geometry", ("position_axes",)), ("rotatek", ("rival", "kv_budget", "max_kl"))):
+            for name in names:
+                del config[section][name]
+        config["format_version"], config["rotatek"]["levels"] = 1, [0, 8, 16]
 
+    edit_tensors(broken_artifact, older_tensors)
     edit_config(broken_artifact, older)
-    artifact = read_artifact(broken_artifact)
+    return broken_artifact
+
+
+def test_artifacts_of_the_first_version_load(first_format, tmp_path):
+    artifact = read_artifact(first_format)
     assert (artifact.knockout(), artifact.geometry.position_axes, artifact.method.rival) == ({}, 1, None)
+    assert artifact.plan() == {i: [HeadPlan(Slabs(rank), Slabs(32)) for rank in ranks] for i, ranks in enumerate(RANKS)}
+    assert artifact.method.levels == (Slabs(), Slabs(8), Slabs(16))
+    assert artifact.sensitivity("key")[2].tolist() == [[3.0, 2.5, 2.25]] * 2 and artifact.sensitivity("value") == {}
+    assert artifact.bytes_per_token() == 3 * 2 * 2 * 32 + 2 * sum(map(sum, RANKS))
+    (tmp_path / "again").mkdir()
+    write_artifact(artifact, tmp_path / "again", "card")  # in the present format
+    again = read_artifact(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / CONFIG_FILE).read_text())["format_version"] == 2
+    assert (again.plan(), again.method, again.tensors.keys()) == (artifact.plan(), artifact.method, artifact.tensors.keys())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put("layers.1.key_rank", with_entry(0, 12)), "plan layers.1.key_rank is [12, 32], allowed are multiples of 8 from 0 to 32"),
+        (put("layers.1.key_rank", with_entry(0, -8)), "key_rank is [-8, 32]"),
+        (put("layers.1.key_rank", with_entry(0, 40)), "key_rank is [40, 32]"),
+        (put("layers.1.sensitivity", lambda t: t[:, :2]), "layers.1.sensitivity has shape [2, 2], the geometry wants [2, 3]"),
+        (lambda tensors: tensors.pop("layers.2.key_rank"), "tensor layers.2.key_rank is missing"),
+    ],
+)
+def test_damaged_tensors_of_the_first_version(first_format, change, words):
+    edit_tensors(first_format, change)
+    assert words in refused(first_format)
+
+
+@pytest.mark.parametrize("levels", [[1.5], 7, [12], [[0, 0, 0]]])
+def test_damaged_levels_of_the_first_version(first_format, levels):
+    edit_config(first_format, lambda c: c["rotatek"].update(levels=levels))
+    assert f"levels is {levels}, expected a list of ranks" in refused(first_format)
 
 
 @pytest.mark.parametrize(

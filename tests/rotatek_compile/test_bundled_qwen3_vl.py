@@ -5,10 +5,12 @@ import importlib.util
 import pytest
 import torch
 
-from rotatek_compile import CompileOptions, compile_artifact, compiler, models
+from rotatek_compile import CompileOptions, compile_artifact, models
 from rotatek_compile.answer import answer_once
 from rotatek_compile.artifact import read_artifact
 from rotatek_compile.calibration_data.bundled import BundledSet
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.plan import HeadPlan
 from rotatek_compile.runtime.enable import enable
 
 DOCUMENTS = {4: (1, "field"), 5: (2, "missing")}  # of `forms`: pages and skill; the dense model answers both
@@ -35,13 +37,13 @@ def test_answers_without_torchvision(loaded, dense):
         assert (answer.text,) == sample.answers
 
 
-def test_all_directions_kept_change_nothing(loaded, dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(compiler, "SENSITIVITY_DOCUMENTS", 1)  # the plan keeps everything, whatever the sensitivities: save the time
+def test_all_directions_kept_change_nothing(loaded, dense, tmp_path):
     target = tmp_path / "artifact"
     small = {"num_samples": 4, "batch_size": 2, "keep_ratio": 1.0, "device": "cpu", "quiet": True}
+    small["sensitivity_samples"] = 1  # the plan keeps everything, whatever the sensitivities: save the time
     compile_artifact(CompileOptions(model="tiny-qwen3-vl", calib="forms", output=target, **small))
     artifact = read_artifact(target)
-    assert artifact.ranks() == {layer: [128] * 4 for layer in range(5)}
+    assert artifact.plan() == {layer: [HeadPlan(Slabs(128), Slabs(128))] * 4 for layer in range(5)}
     for sample, reference in dense:
         with enable(loaded[0], artifact):
             answer = answer_once(*loaded, list(sample.images), sample.question, 24, stream=False)

@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard
 from rotatek_compile.card import card_for_hub, model_card, write_measured
 from rotatek_compile.card_picture import draw_heads
 from rotatek_compile.errors import RotateKError
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.plan import HeadPlan
 
 FACTS = {
     "data": "forms", "documents": 12, "dtype": "float32", "device": "cpu", "torch": "2.13.0", "transformers": "5.23.0", "rotatek": "0.1.0",
@@ -47,7 +49,13 @@ def test_front_matter_and_body(artifact):
     assert card.data.pipeline_tag == "image-text-to-text" and {"rotatek", "kv-cache"} <= set(card.data.tags)
     assert "# RotateK artifact for org/base" in card.text and 'rotatek_compile.load("THIS_DIRECTORY")' in card.text
     assert "480 of 768 dense (1.60x)" in card.text and "1.25e-05 nats" in card.text and "calibrated on 64 samples of `forms`" in card.text
-    assert "![Directions kept in each of 3 layers and 6 (layer, KV head) pairs: 0 to 32, mean 16.0, 1 pairs keep none;" in card.text
+    kept = "0 to 32 Key directions, mean 16.0, 1 pairs keep none"
+    assert f"![What each of 3 layers and 6 (layer, KV head) pairs keeps: {kept}; beside it what cutting" in card.text
+    assert "- basis two-sided, allocated ranks, keep ratio 0.25\n" in card.text and "Values are stored raw" in card.text
+    # half of the Keys, and five means of 32 channels beside the raw head
+    share = (512 * 2 * (96 + 192) + 5 * 64) / (512 * 768)
+    assert f"- an image of 512 tokens with its scales and means: {share:.4f} of its dense bytes\n" in card.text
+    assert "- bits per channel: Keys 8.00, Values 16.00, where 16 are dense\n" in card.text
     assert "heads.png" not in model_card(artifact) and card.data.datasets is None
     artifact.calibration["repository"] = "org/pages"
     assert ModelCard(model_card(artifact)).data.datasets == ["org/pages"]
@@ -69,6 +77,38 @@ def test_no_base_model_but_a_hub_id(artifact, base, title, hint):
     assert f"# RotateK artifact for {title}\n" in text and ("`--model PATH`" in text) is hint
     with_weights = model_card(artifact, weights=True)
     assert "its licence applies" in with_weights and "--model PATH" not in with_weights
+
+
+def coded(make_artifact):
+    plan = [[HeadPlan(Slabs(8, 8, 16), Slabs(0, 0, 32)), HeadPlan(Slabs(), Slabs(0, 8))]] * 3
+    made = make_artifact(plan=plan, kv_budget=0.25)
+    made.report = {"kv_bytes_per_token": {"dense": 768, "compressed": 168}, "plan_kl": 0.001}
+    return made
+
+
+def test_coded_values(make_artifact):
+    text = model_card(coded(make_artifact), picture=True)
+    assert "Values are stored raw" not in text and "- basis two-sided, allocated directions and bits, KV budget 0.25\n" in text
+    assert "- bits per channel: Keys 4.00, Values 3.00, where 16 are dense\n" in text
+    assert "0 to 32 Key directions, mean 16.0, 3 pairs keep none; 8 to 32 Value directions, mean 20.0; beside it" in text
+
+
+def test_means_alone(make_artifact):
+    made = make_artifact(plan=[[HeadPlan(Slabs(), Slabs())] * 2] * 3, kv_budget=0.002)
+    made.report = {"kv_bytes_per_token": {"dense": 768, "compressed": 0}, "plan_kl": 2.0}
+    assert "- bytes per coded token, all layers: 0 of 768 dense, codes alone\n" in model_card(made)
+
+
+def test_picture_of_coded_values(make_artifact, tmp_path):
+    from rotatek_compile.card_picture import _panels
+
+    found = [(title, table.tolist()[0]) for title, table, _ in _panels(coded(make_artifact))]
+    assert found == [
+        ("Keys: directions kept", [32, 0]), ("Keys: bits per channel", [8, 0]),
+        ("Values: directions kept", [32, 8]), ("Values: bits per channel", [4, 2]),
+    ]  # fmt: skip
+    pytest.importorskip("matplotlib")
+    assert draw_heads(coded(make_artifact), tmp_path / "a.png")
 
 
 def test_text_only_model(artifact):
@@ -162,7 +202,7 @@ def test_picture(artifact, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > 400 and len(set(picture.convert("RGB").resize((64, 64)).getdata())) > 20
-    artifact.tensors["layers.1.key_rank"] += 8
+    artifact.tensors["layers.1.key_plan"][:, 0] += 8
     assert draw_heads(artifact, tmp_path / "c.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 

@@ -87,7 +87,8 @@ def test_words_and_dry_run(cli, checkpoint, data_file, small_run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kv_budget": 0.5}, "--kv-budget comes with a rival --method; .* use --keep-ratio"),
+        ({"method": "int4", "key_bits": "4"}, "--key-bits comes with --method rotatek; .* use --kv-budget"),
+        ({"method": "int4", "max_kl": 0.1}, "--max-kl comes with --method rotatek"),
         ({"method": "zip"}, "unknown --method 'zip'; choose one of rotatek, "),
         ({"method": "head-drop"}, "head-drop takes a KV budget or a keep ratio, one of the two"),
         ({"method": "head-drop", "kv_budget": 0.5, "keep_ratio": 0.5}, "one of the two"),

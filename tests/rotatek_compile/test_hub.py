@@ -91,7 +91,7 @@ def test_load_enable_and_inspect_by_id(pushed, cli, compiled, checkpoint):
     assert active(model).artifact.remote.repo == "lab/art" and processor.tokenizer is not None
     active(model).disable()
     with enable(model, "lab/art@main") as enabled:
-        assert enabled.artifact.ranks() == open_artifact(compiled).ranks()
+        assert enabled.artifact.plan() == open_artifact(compiled).plan()
     assert "(llava_next)" in cli("inspect", "lab/art").out
     assert cli("inspect", "lab/art", compiled).out.splitlines()[-1] == cli("inspect", compiled, compiled).out.splitlines()[-1]
 
@@ -104,7 +104,7 @@ def test_blobs_that_repositories_share(pushed):
     shared.parent.mkdir(parents=True)
     blob.rename(shared)
     blob.symlink_to(os.path.relpath(shared, blob.parent))
-    assert open_artifact("lab/art").ranks()
+    assert open_artifact("lab/art").plan()
     shared.rename(pushed.cache / "elsewhere")
     blob.unlink()
     blob.symlink_to(pushed.cache / "elsewhere")

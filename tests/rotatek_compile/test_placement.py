@@ -7,6 +7,7 @@ from rotatek_compile import models
 from rotatek_compile.bases import pca
 from rotatek_compile.calibrate import MomentStore, calibrate
 from rotatek_compile.cutter import Cutter
+from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.placement import input_device
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.sensitivity import measure
@@ -47,10 +48,13 @@ def test_moments(tiny, spread, tiny_geometry, documents, tmp_path):
 def test_sensitivities(tiny, spread, tiny_geometry, documents):
     generator = torch.Generator().manual_seed(0)
     bases = {i: pca(a @ a.mT) for i, a in enumerate(torch.randn(3, 2, 32, 32, generator=generator))}
-    one, other = (measure(Cutter(model, tiny_geometry, bases, False), documents[:2], (0, 8), True).kl for model in (tiny, spread))
-    for layer, table in one.items():
-        assert table.max() > 1e-4
-        assert torch.allclose(other[layer], table, rtol=1e-3, atol=1e-7)
+    levels = (Slabs(), Slabs(8))
+    cutters = (Cutter(model, tiny_geometry, bases, False, bases) for model in (tiny, spread))
+    one, other = (measure(cutter, documents[:2], levels, True) for cutter in cutters)
+    for first, second in ((one.key, other.key), (one.value, other.value)):
+        for layer, table in first.items():
+            assert table.max() > 1e-4
+            assert torch.allclose(second[layer], table, rtol=1e-3, atol=1e-7)
 
 
 def test_decoding(tiny, spread, documents, make_artifact):

@@ -29,6 +29,17 @@ def test_files(tmp_path):
     assert (first / "kl.svg").read_bytes() == (second / "kl.svg").read_bytes()
 
 
+def test_budgets_and_keep_ratios_are_two_curves(tmp_path):
+    """They would cross one another: uniform native ranks take more bytes than any budget."""
+    pytest.importorskip("matplotlib")
+    own = [
+        row("rotatek", span, 1, 0.01 * span) | {"kv_budget": budget} for span, budget in ((12, "0.125"), (25, "0.25"), (75, ""), (60, ""))
+    ]
+    plot_results([*ROWS[:3], *own], tmp_path)
+    drawn = (tmp_path / "kl.svg").read_text()
+    assert drawn.count("<!-- rotatek -->") == 1 and drawn.count("<!-- rotatek, uniform ranks -->") == 1
+
+
 def test_no_such_skill(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(RotateKError, match="no row of skill 'chart'"):

@@ -1,4 +1,4 @@
-"""Another budget for an artifact: ranks from what it holds, and refusals in one sentence."""
+"""Another budget for an artifact: plans from what it holds, and refusals in one sentence."""
 
 from dataclasses import replace
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from rotatek_compile.artifact import Artifact, Method
+from rotatek_compile.cost_curves import dense_bytes, plan_bytes
 from rotatek_compile.errors import UsageError
 from rotatek_compile.geometry import Geometry, LayerGeometry
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.plan import HeadPlan, plan_tensors
 from rotatek_compile.replan import replanned
 
 DIM = 32
@@ -16,60 +19,98 @@ SHAPE = Geometry(
     layers=(LayerGeometry(layer_type="full_attention", query_heads=4, kv_heads=2, head_dim=DIM),) * 2,
     visual_token_ids=(5,),
 )
+LEVELS = (Slabs(), Slabs(8), Slabs(16))
+RAW = Slabs(DIM)
 
 
-def artifact(**options):
-    """Head 1 of layer 0 matters most, head 0 of layer 1 not at all."""
+def artifact(values=False, **options):
+    """Head 1 of layer 0 matters most, head 0 of layer 1 not at all; `values`: those of the Values are known too."""
     cost = {0: [1.0, 5.0], 1: [0.0, 0.5]}
-    tensors = {}
+    tensors = plan_tensors({i: [HeadPlan(Slabs(8), RAW)] * 2 for i in cost})
     for i, heads in cost.items():
-        tensors[f"layers.{i}.sensitivity"] = torch.tensor([[c, c / 4, c / 100] for c in heads])
-        tensors[f"layers.{i}.visual.key_spectrum"] = torch.linspace(1, 0.01, DIM).repeat(2, 1)
-        tensors[f"layers.{i}.key_rank"] = torch.tensor([8, 8], dtype=torch.int32)
-    return Artifact(SHAPE, Method(levels=(0, 8, 16), **options), tensors, {}, {})
+        table = torch.tensor([[c, c / 4, c / 100] for c in heads])
+        tensors[f"layers.{i}.key_sensitivity"] = table
+        if values:
+            tensors[f"layers.{i}.value_sensitivity"] = table / 2
+        for side in ("key", "value"):
+            tensors[f"layers.{i}.visual.{side}_spectrum"] = torch.logspace(0, -3, DIM).repeat(2, 1)
+    return Artifact(SHAPE, Method(levels=LEVELS, **options), tensors, {}, {})
+
+
+def ranks(made):
+    assert all(head == HeadPlan(Slabs(head.key.native), RAW) for heads in made.plan().values() for head in heads)
+    return {i: [head.key.native for head in heads] for i, heads in made.plan().items()}
 
 
 def test_ranks_follow_sensitivities_and_nest():
     before = artifact()
-    plans = {ratio: replanned(before, keep_ratio=ratio).ranks() for ratio in (0.25, 0.5, 0.75, 1.0)}
+    plans = {ratio: ranks(replanned(before, keep_ratio=ratio)) for ratio in (0.25, 0.5, 0.75, 1.0)}
     assert {ratio: sum(map(sum, plan.values())) for ratio, plan in plans.items()} == {0.25: 32, 0.5: 64, 0.75: 96, 1.0: 128}
-    assert plans[0.25][0][1] > plans[0.25][0][0] > plans[0.25][1][0] == 0
+    assert plans[0.25][0][1] >= plans[0.25][0][0] > plans[0.25][1][0] == 0
     for small, large in ((0.25, 0.5), (0.5, 0.75), (0.75, 1.0)):
         assert all(a <= b for i in plans[small] for a, b in zip(plans[small][i], plans[large][i], strict=True))
-    assert before.ranks() == {0: [8, 8], 1: [8, 8]}
+    assert ranks(before) == {0: [8, 8], 1: [8, 8]}
     assert replanned(before, keep_ratio=0.5).method.keep_ratio == 0.5
 
 
 def test_uniform_artifacts_stay_uniform():
-    assert replanned(artifact(allocation="uniform"), keep_ratio=0.5).ranks() == {0: [16, 16], 1: [16, 16]}
+    assert ranks(replanned(artifact(allocation="uniform"), keep_ratio=0.5)) == {0: [16, 16], 1: [16, 16]}
+    made = replanned(artifact(values=True, allocation="uniform"), kv_budget=0.25)
+    assert len({head for heads in made.plan().values() for head in heads}) == 1
+    assert 0.15 < plan_bytes(SHAPE, made.plan()) / dense_bytes(SHAPE) <= 0.25
 
 
-def test_a_budget_counts_values():
-    """At b of the dense bytes Values take one half, Keys the rest."""
+def test_raw_values_take_half_of_a_budget():
+    """Without sensitivities of the Values: at b of the dense bytes Values take one half, Keys the rest."""
     made = replanned(artifact(), kv_budget=0.625)
-    assert made.ranks() == replanned(artifact(), keep_ratio=0.25).ranks()
+    assert ranks(made) == ranks(replanned(artifact(), keep_ratio=0.25))
     assert made.bytes_per_token() == 0.625 * SHAPE.dense_bytes_per_token()
+    assert made.method.kv_budget is None and made.method.keep_ratio == 0.25
+
+
+@pytest.mark.parametrize("share", [1 / 512, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 1.0])
+def test_a_budget_of_bytes(share):
+    made = replanned(artifact(values=True), kv_budget=share)
+    assert plan_bytes(SHAPE, made.plan()) <= share * dense_bytes(SHAPE)
+    heads = [head for heads in made.plan().values() for head in heads]
+    assert made.method.kv_budget == share and (made.method.key_bits, made.method.value_bits) == ("auto", "auto")
+    assert made.method.keep_ratio == pytest.approx(sum(head.key.rank for head in heads) / (4 * DIM), abs=1e-4)
+    if share == 1 / 8:
+        assert made.plan()[0][1].bytes_per_token > made.plan()[1][0].bytes_per_token
+
+
+def test_from_bytes_to_a_ratio_and_back():
+    by_bytes = replanned(artifact(values=True), kv_budget=0.125)
+    assert ranks(replanned(by_bytes, keep_ratio=0.5)) == ranks(replanned(artifact(values=True), keep_ratio=0.5))
+    assert replanned(replanned(by_bytes, keep_ratio=0.5), kv_budget=0.125).plan() == by_bytes.plan()
+
+
+def test_bits_of_the_artifact_stay():
+    made = replanned(artifact(values=True, key_bits="8", value_bits="4"), keep_ratio=0.5)
+    heads = [head for heads in made.plan().values() for head in heads]
+    assert sum(head.key.byte for head in heads) == 64 and {head.value for head in heads} == {Slabs(nibble=32)}
 
 
 def test_without_sensitivities():
     bare = replace(artifact(), method=Method(levels=()))
     with pytest.warns(UserWarning, match="no sensitivities"):
-        assert replanned(bare, keep_ratio=0.5).ranks() == {0: [16, 16], 1: [16, 16]}
+        assert ranks(replanned(bare, keep_ratio=0.5)) == {0: [16, 16], 1: [16, 16]}
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("values", "asked", "words"),
     [
-        ({}, "give one of them"),
-        ({"keep_ratio": 0.5, "kv_budget": 0.75}, "give one of them"),
-        ({"keep_ratio": 0.0}, "--keep-ratio 0 is out of range"),
-        ({"kv_budget": 1.5}, "--kv-budget 1.5 is out of range"),
-        ({"kv_budget": 0.5}, "--kv-budget 0.5 is too small: .* takes 0.5"),
+        (False, {}, "give one of them"),
+        (False, {"keep_ratio": 0.5, "kv_budget": 0.75}, "give one of them"),
+        (False, {"keep_ratio": 0.0}, "--keep-ratio 0 is out of range"),
+        (False, {"kv_budget": 1.5}, "--kv-budget 1.5 is out of range"),
+        (False, {"kv_budget": 0.5}, "--kv-budget 0.5 is too small: .* takes 0.5"),
+        (True, {"kv_budget": 0.001}, "--kv-budget 0.001 is too small: the means of a segment of 512 tokens alone take 0.001953"),
     ],
 )
-def test_refusals(asked, words):
+def test_refusals(values, asked, words):
     with pytest.raises(UsageError, match=words):
-        replanned(artifact(), **asked)
+        replanned(artifact(values), **asked)
 
 
 def test_rivals_take_what_they_can():

@@ -11,6 +11,7 @@ import torch
 
 from rotatek_compile.artifact import Artifact, Method, read_artifact
 from rotatek_compile.geometry import Geometry, LayerGeometry
+from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.report_page import page
 
 
@@ -18,23 +19,26 @@ from rotatek_compile.report_page import page
 def large():
     """36 layers of 8 KV heads and 128 channels, images and text."""
     layers = tuple(LayerGeometry(layer_type="full_attention", query_heads=32, kv_heads=8, head_dim=128) for _ in range(36))
-    method, tensors, generator = Method(span="all", levels=(0, 8, 16, 32)), {}, torch.Generator().manual_seed(0)
+    levels = tuple(Slabs(nibble=n) for n in (0, 16, 32, 64))
+    method, tensors, generator = Method(span="all", levels=levels, kv_budget=0.25), {}, torch.Generator().manual_seed(0)
     for i in range(36):
         fall = torch.rand(8, 1, generator=generator) * 0.2 + 0.02
         for kind in method.kinds:
             for side in ("key", "value"):
                 tensors[f"layers.{i}.{kind}.{side}_encode"] = torch.eye(128).expand(8, 128, 128).clone()
                 tensors[f"layers.{i}.{kind}.{side}_spectrum"] = torch.exp(-fall * torch.arange(128))
-        tensors[f"layers.{i}.key_rank"] = torch.randint(0, 17, (8,), generator=generator).int() * 8
-        tensors[f"layers.{i}.sensitivity"] = torch.rand(8, 4, generator=generator).sort(descending=True).values * 0.1
+        for side in ("key", "value"):
+            tensors[f"layers.{i}.{side}_plan"] = torch.randint(0, 3, (8, 3), generator=generator).int() * 16
+            tensors[f"layers.{i}.{side}_sensitivity"] = torch.rand(8, 4, generator=generator).sort(descending=True).values * 0.1
         tensors[f"layers.{i}.knockout"] = torch.rand(8, generator=generator)
     return Artifact(Geometry(model_type="large", layers=layers, visual_token_ids=(1,)), method, tensors, {"id": "org/large"}, {})
 
 
 def test_a_large_page_is_small(large):
     text = page([large])
-    assert len(text.encode()) < 1_500_000
-    assert len(re.findall("<title>layer 35, head 7: ", text)) == 8  # ranks, knock-outs, four cuts, spectra, overlap
+    assert len(text.encode()) < 2_000_000
+    # for Keys and Values: directions, bits, four cuts, spectra; knock-outs and overlap
+    assert len(re.findall("<title>layer 35, head 7: ", text)) == 16
 
 
 BROWSER = next((p for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(name))), None)

@@ -11,7 +11,9 @@ import torch
 
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.geometry import Geometry, LayerGeometry
+from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.markup import short, tenth
+from rotatek_compile.plan import HeadPlan
 from rotatek_compile.report_page import page, refuse_page, write_page
 
 DIM = 32
@@ -67,11 +69,12 @@ def tables(part):
 
 @pytest.fixture
 def artifact(make_artifact):
-    made = make_artifact([[8, 16], [0, 32], [24, 8]], span="all", levels=(0, 8), keep_ratio=0.5)
+    made = make_artifact([[8, 16], [0, 32], [24, 8]], span="all", levels=(Slabs(), Slabs(8)), keep_ratio=0.5)
     for i in range(3):
         for kind in ("visual", "text"):
             made.tensors[f"layers.{i}.{kind}.key_spectrum"] = (0.5 ** torch.arange(DIM)).expand(2, DIM).clone()
-        made.tensors[f"layers.{i}.sensitivity"] = torch.tensor([[0.4, 0.1], [0.2 * i, 0.0]])
+        made.tensors[f"layers.{i}.key_sensitivity"] = torch.tensor([[0.4, 0.1], [0.2 * i, 0.0]])
+        del made.tensors[f"layers.{i}.value_sensitivity"]  # as in the first versions, which stored Values as they are
         made.tensors[f"layers.{i}.knockout"] = torch.tensor([0.5, 0.015 * i])
     made.base_model = {"id": "org/model", "revision": None, "fingerprint": None}
     made.report = {"plan_kl": 0.25}
@@ -96,17 +99,23 @@ def test_every_section_has_plots_with_words_and_numbers_behind_them(artifact):
 
 def test_the_numbers_are_the_artifacts(artifact):
     root = parse(page([artifact]))
-    assert tables(section(root, "ranks")) == [[["layer", "head 0", "head 1"], ["0", "8", "16"], ["1", "0", "32"], ["2", "24", "8"]]]
-    assert "88 directions over 6 heads; 1 of them keep none." in words(section(root, "ranks"))
+    table = tables(section(root, "ranks"))[0]
+    assert table[0] == ["layer.head", "Keys", "Values", "Key bits", "Value bits", "bytes per token"]
+    assert table[1] == ["0.0", "8×16", "raw", "4", "16", "80"] and table[3:5] == [
+        ["1.0", "mean", "raw", "0", "16", "64"],
+        ["1.1", "raw", "raw", "16", "16", "128"],
+    ]
+    said = words(section(root, "ranks"))
+    assert "Keys: 88 directions over 6 heads, 7.33 bits per channel; 1 of them keep none. Values: stored as they are." in said
     assert tables(section(root, "knockouts"))[0][3] == ["2", "0.5", "0.03"]
     assert "67% of 6 pairs cost at least 0.02 nats alone" in words(section(root, "knockouts"))
-    assert tables(section(root, "cuts"))[0][:3] == [["layer.head", "cut to 0", "cut to 8"], ["0.0", "0.4", "0.1"], ["0.1", "0", "0"]]
+    assert tables(section(root, "cuts"))[0][:3] == [["layer.head", "cut to mean", "cut to 8×16"], ["0.0", "0.4", "0.1"], ["0.1", "0", "0"]]
     assert tables(section(root, "spectra"))[0][1] == ["0.0", "8", "0.996", "4", "7", "10", short(0.5**7 - 0.5**31)]
-    assert tables(section(root, "errors"))[0][1:3] == [["0.0", "0", "2", "0.4"], ["0.1", "0", "2", "0"]]
-    assert tables(section(root, "budgets"))[0][1] == ["0.0%", "50.0%", "1.8", "1.8"]
-    assert "keeps 45.8% of the Key directions" in words(section(root, "budgets"))
+    assert tables(section(root, "errors"))[0][1:3] == [["0.0", "mean", "2", "0.4"], ["0.1", "mean", "2", "0"]]
+    assert tables(section(root, "budgets"))[0][:2] == [["bytes over dense", "predicted KL"], ["100.00%", "0"]]
+    assert "This plan takes 73.0% of the bytes" in words(section(root, "budgets"))
     assert "measured 0.25 nats per answer token" in words(section(root, "budgets"))
-    assert tables(section(root, "bytes"))[0][1] == ["0", "65536", "65536", "24576", "65536", "256"]
+    assert tables(section(root, "bytes"))[0][1] == ["0", "65536", "65536", "24576", "65536", "0", "128"]
 
 
 def test_maps_have_a_cell_for_each_head_with_its_value(artifact):
@@ -131,6 +140,57 @@ def test_a_spectrum_is_filled_up_to_its_rank(artifact):
     assert float(re.match(r"M([\d.]+)", hi)[1]) == pytest.approx(left, abs=0.06)
     assert sum(steps) == pytest.approx(wide / 4, abs=0.11)
     assert float(re.match(r"M([\d.]+)", off)[1]) == pytest.approx(left + wide / 4, abs=0.11)
+
+
+PLAN = [
+    [HeadPlan(Slabs(8, 8, 16), Slabs(0, 0, 32)), HeadPlan(Slabs(), Slabs(DIM))],
+    [HeadPlan(Slabs(DIM), Slabs())] * 2,
+    [HeadPlan(Slabs(0, 16), Slabs(8, 0, 16))] * 2,
+]
+
+
+@pytest.fixture
+def coded(make_artifact):
+    """Three precisions, Keys and Values."""
+    made = make_artifact(plan=PLAN, levels=(Slabs(), Slabs(0, 0, 16)), kv_budget=0.5)
+    made.tensors |= {
+        f"layers.{i}.{side}_sensitivity": torch.tensor([[0.4, 0.1], [0.2, 0.0]]) for i in range(3) for side in ("key", "value")
+    }
+    return made
+
+
+def test_both_sides_and_their_precision(coded):
+    root = parse(page([coded]))
+    maps = section(root, "ranks").findall(".//svg")
+    values = [[words(c).split(": ")[1] for c in svg.findall(".//g[@class='cells']/path")] for svg in maps]
+    assert values == [
+        ["32", "0", "32", "32", "16", "16"],
+        ["8", "0", "16", "16", "4", "4"],
+        ["32", "32", "0", "0", "24", "24"],
+        ["4", "16", "0", "0", "6", "6"],
+    ]
+    assert [words(c) for c in section(root, "ranks").iter("figcaption")] == [
+        f"{side}: {what}" for side in ("Keys", "Values") for what in ("directions", "bits per channel")
+    ]
+    keys, values = section(root, "spectra").findall(".//svg")
+    assert [[p.get("class") for p in g.findall("path")] for g in keys.findall("g")[:3]] == [
+        ["floor", "hi4", "hi8", "hi"], ["floor", "off"], ["floor", "hi"]
+    ]  # fmt: skip
+    assert words(keys.find("g/title")) == "layer 0, head 0: 8×16 8×8 16×4, 32 of 32 directions"
+    assert [p.get("class") for p in values.findall("g")[4].findall("path")] == ["floor", "off", "hi4", "hi"]
+    assert [words(c) for c in section(root, "cuts").iter("figcaption")] == [
+        "Keys cut to mean", "Keys cut to 16×4", "Values cut to mean", "Values cut to 16×4"
+    ]  # fmt: skip
+    assert len(section(root, "errors").findall(".//svg")) == 2 and len(tables(section(root, "budgets"))) == 2
+    assert tables(section(root, "bytes"))[0][1] == ["0", "65536", "65536", str(512 * 32), str(512 * 80), "112", "192"]
+
+
+def test_a_plan_beside_another_budget(coded, make_artifact):
+    other = make_artifact(plan=[PLAN[0], PLAN[1], [HeadPlan(Slabs(8, 16), Slabs(8, 0, 16)), PLAN[2][1]]])
+    root = parse(page([coded, other]))
+    maps = root.findall(".//main/section")[1].findall(".//svg")
+    found = [[words(c).split(": ")[1] for c in svg.findall(".//g[@class='cells']/path")] for svg in maps]
+    assert found == [["0"] * 4 + ["8", "0"], ["0"] * 4 + ["4", "0"], ["0"] * 6, ["0"] * 6]
 
 
 def test_nothing_comes_from_elsewhere(artifact):
@@ -158,9 +218,10 @@ def test_hostile_names_stay_text(artifact, tmp_path):
 
 
 def test_two_artifacts_side_by_side(artifact, make_artifact, tmp_path):
-    other = make_artifact([[16, 16], [0, 24], [24, 8]], levels=(0,), basis="pca")
+    other = make_artifact([[16, 16], [0, 24], [24, 8]], levels=(Slabs(),), basis="pca")
     for i in range(3):
-        other.tensors[f"layers.{i}.sensitivity"] = torch.tensor([[40.0], [0.0]])
+        other.tensors[f"layers.{i}.key_sensitivity"] = torch.tensor([[40.0], [0.0]])
+        del other.tensors[f"layers.{i}.value_sensitivity"]
     artifact.path, other.path = tmp_path / "one", tmp_path / "two"
     root = parse(page([artifact, other]))
     assert root.find(".//main").get("class") == "pair"
@@ -170,7 +231,7 @@ def test_two_artifacts_side_by_side(artifact, make_artifact, tmp_path):
     for name in ("ranks", "cuts", "budgets", "bytes"):
         assert [words(h) for h in section(root, name).iter("h3")] == ["one", "two"]
     change = [words(c) for c in root.findall(".//main/section")[1].findall(".//g[@class='cells']/path")]
-    assert "Directions that two keeps more (+) or less (-) than one." in words(root)
+    assert "What two keeps more (+) or less (-) of than one." in words(root)
     assert change == [f"layer {i}, head {h}: {d}" for i, row in enumerate([[8, 0], [0, -8], [0, 0]]) for h, d in enumerate(row)]
     assert "compile with --span all" in words(section(root, "angles"))
     # the scale is common: 0.4 of at most 40 nats
@@ -201,9 +262,9 @@ def test_a_rival_and_an_old_artifact(rival, make_artifact):
 
 @pytest.mark.parametrize("ranks", [0, 32])
 def test_the_ends_of_a_plan(make_artifact, ranks):
-    artifact = make_artifact(ranks, levels=(0, 8))
+    artifact = make_artifact(ranks, levels=(Slabs(), Slabs(8)))
     for i in range(3):
-        artifact.tensors[f"layers.{i}.sensitivity"] = torch.zeros(2, 2)
+        artifact.tensors |= {f"layers.{i}.{side}_sensitivity": torch.zeros(2, 2) for side in ("key", "value")}
         artifact.tensors[f"layers.{i}.knockout"] = torch.zeros(2)
         artifact.tensors[f"layers.{i}.visual.key_spectrum"][:] = 0
     root = parse(page([artifact]))

@@ -1,18 +1,32 @@
-"""KL of the answers when heads are cut: nothing for full rank and for heads that nobody reads; the cache stays as it was."""
+"""KL of the answers when heads are cut: nothing for what stays raw and for heads that nobody reads; the cache stays as it was."""
 
 import pytest
 import torch
 
 from rotatek_compile.bases import pca
 from rotatek_compile.cutter import Cutter
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.plan import HeadPlan
 from rotatek_compile.sensitivity import joint_kl, levels_for, measure
+
+RAW, NONE = Slabs(32), Slabs()
+LEVELS = (NONE, Slabs(8), Slabs(nibble=16))
+
+
+def only_keys(count):
+    """Native directions of the Keys alone."""
+    return HeadPlan(Slabs(count), RAW)
+
+
+def only_values(count):
+    return HeadPlan(RAW, Slabs(count))
 
 
 @pytest.fixture
 def cutter(tiny, tiny_geometry):
     generator = torch.Generator().manual_seed(0)
-    bases = {i: pca(a @ a.mT) for i, a in enumerate(torch.randn(3, 2, 32, 32, generator=generator))}
-    return lambda model=tiny, span_all=False: Cutter(model, tiny_geometry, bases, span_all)
+    key, value = ({i: pca(a @ a.mT) for i, a in enumerate(torch.randn(3, 2, 32, 32, generator=generator))} for _ in range(2))
+    return lambda model=tiny, span_all=False: Cutter(model, tiny_geometry, key, span_all, value)
 
 
 def full_logprobs(model, item):
@@ -32,9 +46,13 @@ def test_full_rank_costs_nothing_and_cuts_cost_more(cutter, documents):
     c = cutter()
     doc = c.prefill(documents[1])
     before = [(layer.keys.clone(), layer.values.clone(), layer.get_seq_length()) for layer in doc.cache.layers]
-    costs = [c.kl(doc, {layer: {0: rank, 1: rank} for layer in range(3)}) for rank in (32, 16, 0)]
-    assert costs[0][0] < 1e-6
-    assert 1e-3 < costs[1][0] < costs[2][0]
+    for side in (only_keys, only_values):
+        costs = [c.kl(doc, {layer: {0: side(rank), 1: side(rank)} for layer in range(3)}) for rank in (32, 16, 0)]
+        assert costs[0][0] == 0
+        assert 1e-3 < costs[1][0] < costs[2][0]
+    fine, coarse = (HeadPlan(slabs, slabs) for slabs in (Slabs(16, 16), Slabs(nibble=32)))  # all directions, coded
+    costs += [c.kl(doc, {layer: {0: head, 1: head} for layer in range(3)}) for head in (fine, coarse)]
+    assert 0 < costs[3][0] < 1e-2 * costs[4][0] < 1e-2 * costs[1][0]
     assert costs[0][1] == len(documents[1].answer)
     for layer, (keys, values, length) in zip(doc.cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
@@ -49,7 +67,7 @@ def test_a_cut_to_nothing_is_the_mean(cutter, tiny, documents, tiny_geometry):
     item = documents[0]
     c = cutter()
     doc = c.prefill(item)
-    got, tokens = c.kl(doc, {1: {1: 0}})
+    got, tokens = c.kl(doc, {1: {1: only_keys(0)}})
     layer = doc.cache.layers[1]
     layer.keys = layer.keys.clone()
     layer.keys[0, 1, 3:91] = layer.keys[0, 1, 3:91].mean(0)
@@ -64,10 +82,11 @@ def test_a_cut_to_nothing_is_the_mean(cutter, tiny, documents, tiny_geometry):
 
 def test_a_head_that_nobody_reads(cutter, make_silent, documents):
     c = cutter(make_silent)
-    table = measure(c, documents[:2], (0, 8), True).kl
-    assert table[2][1].abs().max() < 1e-6  # KV head 1 of layer 2
-    assert table[2][0, 0] > 1e-4
-    assert table[1].min() > 0
+    found = measure(c, documents[:2], LEVELS[:2], True)
+    for table in (found.key, found.value):
+        assert table[2][1].abs().max() < 1e-6  # KV head 1 of layer 2
+        assert table[2][0, 0] > 1e-4
+        assert table[1].min() > 0
 
 
 @pytest.fixture
@@ -84,13 +103,15 @@ def make_silent(tiny):
 
 def test_measure_is_the_mean_per_answer_token(cutter, documents):
     c = cutter()
-    table = measure(c, documents[:3], (0, 8, 32), True).kl
-    assert [tuple(t.shape) for t in table.values()] == [(2, 3)] * 3
-    parts = [c.kl(c.prefill(item), {1: {0: 8}}) for item in documents[:3]]
-    assert float(table[1][0, 1]) == pytest.approx(sum(p for p, _ in parts) / sum(n for _, n in parts), rel=1e-4)
-    assert all(t[:, 2].max() < 1e-6 for t in table.values())
+    found = measure(c, documents[:3], (*LEVELS, RAW), True)
+    for table, side in ((found.key, only_keys), (found.value, only_values)):
+        assert [tuple(t.shape) for t in table.values()] == [(2, 4)] * 3
+        parts = [c.kl(c.prefill(item), {1: {0: side(8)}}) for item in documents[:3]]
+        assert float(table[1][0, 1]) == pytest.approx(sum(p for p, _ in parts) / sum(n for _, n in parts), rel=1e-4)
+        assert all(t[:, 3].max() == 0 for t in table.values())
     docs = [c.prefill(item) for item in documents[:3]]
-    assert joint_kl(c, docs, {0: [32, 32], 1: [8, 32], 2: [32, 32]}) == pytest.approx(float(table[1][0, 1]), rel=1e-2, abs=1e-6)
+    plan = {i: [only_keys(32), only_keys(32)] for i in range(3)} | {1: [only_keys(8), only_keys(32)]}
+    assert joint_kl(c, docs, plan) == pytest.approx(float(found.key[1][0, 1]), rel=1e-2, abs=1e-6)
 
 
 def test_span_all_cuts_text_too(cutter, documents):
@@ -100,9 +121,11 @@ def test_span_all_cuts_text_too(cutter, documents):
 
 
 def test_levels():
-    assert levels_for(128) == (0, 8, 16, 32)
-    assert levels_for(32) == (0, 8)
-    assert all(level % 8 == 0 for dim in (64, 80, 96, 256) for level in levels_for(dim))
+    assert levels_for(128) == (Slabs(), Slabs(nibble=16), Slabs(nibble=32), Slabs(nibble=64))
+    assert levels_for(64) == (Slabs(), Slabs(nibble=16), Slabs(nibble=32))
+    assert levels_for(80) == levels_for(64)
+    assert levels_for(32) == (Slabs(), Slabs(nibble=16))
+    assert levels_for(16) == levels_for(8) == (Slabs(), Slabs(byte=8))
 
 
 def test_many_cuts_at_once_are_each_alone(cutter, documents):
@@ -110,12 +133,12 @@ def test_many_cuts_at_once_are_each_alone(cutter, documents):
     c = cutter()
     doc = c.prefill(*documents)
     cuts = [
-        ({1: {0: 8}}, ()),
-        ({1: {1: 0}}, ()),
-        ({2: {0: 0}}, ()),
-        ({0: {0: 16, 1: 8}, 2: {1: 0}}, ()),
+        ({1: {0: only_keys(8)}}, ()),
+        ({1: {1: only_keys(0)}}, ()),
+        ({2: {0: only_values(8)}}, ()),
+        ({0: {0: HeadPlan(Slabs(nibble=16), Slabs(0, 8)), 1: only_keys(8)}, 2: {1: only_values(0)}}, ()),
         ({}, [(1, 1)]),
-        ({2: {1: 8}}, [(2, 0)]),
+        ({2: {1: only_keys(8)}}, [(2, 0)]),
     ]
     together = c.kl_each(doc, cuts)
     alone = torch.stack([c.kl_rows(doc, *cut) for cut in cuts])
@@ -131,7 +154,8 @@ def test_many_cuts_at_once_are_each_alone(cutter, documents):
 def test_shared_reading_equals_the_stock_kernel_on_a_cut_cache(cutter, tiny, documents, span_all):
     """Nothing of rereading.py: each document alone, the cut written into its cache, the model's own attention."""
     c = cutter(span_all=span_all)
-    cuts = [({1: {0: 8}}, ()), ({0: {0: 16, 1: 8}, 2: {1: 0}}, ()), ({2: {1: 8}}, [(2, 0)])]
+    mixed = {0: {0: HeadPlan(Slabs(8, 8, 16), Slabs(nibble=16)), 1: only_values(8)}, 2: {1: only_keys(0)}}
+    cuts = [({1: {0: only_keys(8)}}, ()), (mixed, ()), ({2: {1: only_values(8)}}, [(2, 0)])]
     together = c.kl_each(c.prefill(*documents), cuts)
     for row, item in enumerate(documents):
         dense, doc = full_logprobs(tiny, item).double(), c.prefill(item)
@@ -146,15 +170,15 @@ def test_shared_reading_equals_the_stock_kernel_on_a_cut_cache(cutter, tiny, doc
 def test_layers_below_a_cut_are_not_run_again(cutter, documents, monkeypatch):
     c = cutter()
     doc = c.prefill(documents[0])
-    whole = c.kl_rows(doc, {2: {0: 0}})
+    whole = c.kl_rows(doc, {2: {0: only_keys(0)}})
     runs, attention = [], type(c.layers[0].self_attn).forward
     monkeypatch.setattr(
         type(c.layers[0].self_attn), "forward", lambda self, *a, **k: runs.append(self.layer_idx) or attention(self, *a, **k)
     )
-    assert torch.equal(c.kl_rows(doc, {2: {0: 0}}), whole)
+    assert torch.equal(c.kl_rows(doc, {2: {0: only_keys(0)}}), whole)
     assert runs == [2]
     monkeypatch.setattr(c, "layers", None)  # a model whose layers are not found runs all of them, to the same end
-    assert torch.allclose(c.kl_rows(doc, {2: {0: 0}}), whole, rtol=1e-4)
+    assert torch.allclose(c.kl_rows(doc, {2: {0: only_keys(0)}}), whole, rtol=1e-4)
     assert runs == [2, 0, 1, 2]
     assert all("forward" not in layer.__dict__ for layer in cutter().layers)
 
@@ -163,17 +187,18 @@ def test_what_costs_nothing_is_not_measured_further(cutter, make_silent, documen
     """Of the silent head only the lowest level is measured; the others are given its figure, and the share of such figures is told."""
     c, asked, kl_each = cutter(make_silent), [], Cutter.kl_each
     monkeypatch.setattr(Cutter, "kl_each", lambda self, doc, cuts: asked.extend(cuts) or kl_each(self, doc, cuts))
-    found = measure(c, documents[:2], (0, 8, 16), True)
-    assert [plan for plan, _ in asked if list(plan) == [2] and list(plan[2]) == [1]] == [{2: {1: 0}}] * 2
+    found = measure(c, documents[:2], LEVELS, True)
+    silent = [plan for plan, _ in asked if list(plan) == [2] and list(plan[2]) == [1]]
+    assert silent == [{2: {1: only_keys(0)}}, {2: {1: only_values(0)}}] * 2
     assert found.bounded == pytest.approx(2 / 18)  # two of the silent head's three levels, of six heads
-    assert found.kl[2][1].unique().numel() == 1
-    assert (found.kl[1].diff() != 0).all()
+    assert found.key[2][1].unique().numel() == found.value[2][1].unique().numel() == 1
+    assert (found.key[1].diff() != 0).all() and (found.value[1].diff() != 0).all()
 
 
 def test_parked_documents_count_the_same(cutter, documents):
     c = cutter()
     doc = c.prefill(*documents[:2])
-    plan = {i: [8, 0] for i in range(3)}
+    plan = {i: [only_keys(8), HeadPlan(NONE, Slabs(nibble=16))] for i in range(3)}
     before = joint_kl(c, [doc], plan)
     assert doc.bytes() == 3 * 2 * 2 * 2 * doc.prefix.ids.shape[1] * 32 * 4
     doc.park()

@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rotatek_compile.comparison import span_share
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.evaluate import Evaluator
 from rotatek_compile.journal import FILE, Journal
+from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.methods import Methods
+from rotatek_compile.plan import HeadPlan
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.suite import Measured, batch_sizes, read_results, run_entries, write_results
 
@@ -146,6 +149,7 @@ def test_table(evaluation, tmp_path, skilled):
         assert float(row["kv_bytes"]) == pytest.approx(sum(o["bytes"]["total"] for o in own) / len(own), abs=0.1)
         assert float(row["exact_match"]) == sum(o["exact"] for o in own) / len(own)
     assert [o["id"] for o in lines[1:] if o["ask"] == "with" and o["method"] == "int4"] == [d.sample.id for d in skilled]
+    assert {r["rival_ratio"] for r in rows} == {""}  # nothing of ours was asked for at a budget
     loss = next(r for r in rows if r["method"] == "dense")
     assert loss["exact_match_loss"] == loss["exact_match_loss_low"] == loss["exact_match_loss_high"] == "0"
 
@@ -174,6 +178,25 @@ def test_results_without_a_journal_are_the_same(evaluation, tiny, fake_processor
     assert [m.to_json() for m in plain] == [m.to_json() for m in measured]
 
 
+def test_ours_beside_the_best_rivals(tiny, fake_processor, skilled, make_artifact, tmp_path):
+    """The artifact takes a fifth of the span and int4 0.31; int8 cannot do with less than a half."""
+    with enable(tiny, make_artifact(plan=[[HeadPlan(Slabs(0, 0, 16), Slabs(0, 0, 32))] * 2] * 3, kv_budget=0.4), backend="torch") as active:
+        methods = Methods(active)
+        entries = [methods.dense(), methods.compiled(), *methods.chosen(["int4", "int8"], (), ())]
+        measured = run_entries([Evaluator(tiny, fake_processor, ask, (2,), 4) for ask in ASKS], entries, skilled, 2)
+    for ask in ASKS:
+        _, own, int4, int8 = [m for m in measured if m.ask == ask]
+        found = own.to_json()["against"]
+        assert (found["rival"], found["above"]) == ("int4", "int8") and found["rival_kl"] == pytest.approx(int4.to_json()["kl"])
+        assert found["rival_ratio"] == pytest.approx(own.to_json()["kl"] / int4.to_json()["kl"])
+        assert found["rival_low"] <= found["rival_ratio"] <= found["rival_high"]
+        assert found["above_span"] == span_share(int8.row) > 0.5 > span_share(int4.row) > span_share(own.row)
+    write_results(tmp_path, measured, FACTS)
+    rows = read_results(tmp_path / "results.csv")
+    filled = [(r["ask"], r["method"], r["skill"]) for r in rows if r["rival_ratio"]]
+    assert filled == [(ask, "artifact", "all") for ask in ASKS]
+
+
 def test_reading_a_table_that_is_none(tmp_path):
     with pytest.raises(RotateKError, match="cannot be read"):
         read_results(tmp_path / "no.csv")
@@ -187,6 +210,6 @@ def test_artifact_hash_sees_tensors_and_method(make_artifact):
     from rotatek_compile.suite import artifact_hash
 
     artifact = make_artifact(8)
-    changed = artifact.tensors | {"layers.0.key_rank": torch.tensor([8, 16], dtype=torch.int32)}
+    changed = artifact.tensors | {"layers.0.key_plan": torch.tensor([[8, 0, 0], [16, 0, 0]], dtype=torch.int32)}
     hashes = {artifact_hash(artifact), artifact_hash(replace(artifact, tensors=changed)), artifact_hash(make_artifact(8, window=64))}
     assert len(hashes) == 3 and artifact_hash(make_artifact(8)) in hashes

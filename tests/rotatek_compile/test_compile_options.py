@@ -1,0 +1,152 @@
+"""Budgets and bits that go together, refusals of those that do not, and artifacts compiled for each kind of budget."""
+
+from pathlib import Path
+
+import pytest
+
+from rotatek_compile import CompileOptions, compile_artifact
+from rotatek_compile.artifact import read_artifact
+from rotatek_compile.compiler import shared_out
+from rotatek_compile.cost_curves import dense_bytes, plan_bytes
+from rotatek_compile.errors import UsageError
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.replan import replanned
+
+
+def options(**given):
+    return CompileOptions(model="m", calib="c", output=Path("out"), **given)
+
+
+def test_bits_follow_the_budget():
+    found = {
+        name: options(**given)
+        for name, given in (("none", {}), ("ratio", {"keep_ratio": 0.5}), ("bytes", {"kv_budget": 0.125}), ("kl", {"max_kl": 0.01}))
+    }
+    assert [(o.keep_ratio, o.key_bits, o.value_bits) for o in found.values()] == [
+        (0.25, "native", "native"), (0.5, "native", "native"), (None, "auto", "auto"), (None, "auto", "auto")
+    ]  # fmt: skip
+    assert options(keep_ratio=0.5, key_bits="auto", value_bits="8").own_method().value_bits == "8"
+    assert options(kv_budget=0.5, key_bits="native", value_bits="native").own_method().kv_budget == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"kv_budget": 0.5, "keep_ratio": 0.5}, "--keep-ratio and --kv-budget are budgets of different kinds; give one of them"),
+        ({"max_kl": 0.5, "kv_budget": 0.5}, "--kv-budget and --max-kl are budgets"),
+        ({"max_kl": 0.0}, "--max-kl 0.0 is out of range"),
+        ({"max_kl": float("nan")}, "--max-kl nan is out of range"),
+        ({"kv_budget": 0.0}, "--kv-budget 0.0 is out of range"),
+        ({"key_bits": "2"}, "unknown --key-bits '2'; choose one of native, 8, 4, auto"),
+        ({"value_bits": "auto"}, "--value-bits auto comes with --kv-budget or --max-kl"),
+        ({"method": "int4", "value_bits": "8"}, "--value-bits comes with --method rotatek"),
+        ({"allocation": "greedy"}, "choose one of allocated, uniform, energy"),
+        ({"sensitivity_samples": 0}, "--sensitivity-samples 0 is out of range; it must be at least 1"),
+        ({"sensitivity_samples": 65}, "--sensitivity-samples 65 are more documents than --num-samples 64; raise that"),
+    ],
+)
+def test_refusals(given, words):
+    with pytest.raises(UsageError, match=words):
+        options(**given)
+
+
+def test_sensitivity_samples():
+    found = [options(**given).sensitivity_samples for given in ({}, {"num_samples": 9}, {"sensitivity_samples": 64})]
+    assert found == [36, 9, 64]
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "moments", "cut", "check"),
+    [
+        (64, 36, 56, 36, (36, 64)),  # the check is every document that was not read with cuts
+        (144, 36, 126, 36, (108, 144)),  # as many as are read, the kept aside ones among them
+        (24, 24, 21, 18, (18, 24)),  # a quarter is left for the check
+        (24, 4, 21, 4, (20, 24)),
+        (8, 8, 7, 6, (6, 8)),
+        (7, 7, 7, 7, (7, 7)),
+        (4, 1, 4, 1, (4, 4)),
+    ],
+)
+def test_documents_are_shared_out(count, asked, moments, cut, check):
+    items = list(range(count))
+    assert shared_out(items, asked) == (items[:moments], items[:cut], items[slice(*check)])
+
+
+@pytest.fixture(scope="module")
+def compile_with(checkpoint, data_file, moments_cache, tmp_path_factory):
+    def compiled(**given):
+        target = tmp_path_factory.mktemp("compiled") / "artifact"
+        small = {"num_samples": 4, "batch_size": 2, "device": "cpu", "quiet": True}
+        said = compile_artifact(CompileOptions(model=str(checkpoint), calib=str(data_file), output=target, **small, **given))
+        return said, read_artifact(target)
+
+    return compiled
+
+
+def heads_of(artifact):
+    return [head for heads in artifact.plan().values() for head in heads]
+
+
+@pytest.mark.parametrize("allocation", ["allocated", "energy", "uniform"])
+def test_a_budget_of_bytes(compile_with, allocation):
+    said, artifact = compile_with(kv_budget=0.125, allocation=allocation)
+    share = plan_bytes(artifact.geometry, artifact.plan()) / dense_bytes(artifact.geometry)
+    assert said["plan"]["share"] == share <= 0.125
+    assert (artifact.method.kv_budget, artifact.method.allocation, artifact.report["plan_kind"]) == (0.125, allocation, allocation)
+    assert (len(set(heads_of(artifact))) == 1) == (allocation == "uniform")
+    segment = artifact.report["segment"]
+    assert segment == {"tokens": 512, "dense_bytes": 512 * 768, "bytes": pytest.approx(share * 512 * 768)}
+    entry = artifact.report["layers"][1]["heads"][0]
+    assert entry["key"] == list(artifact.plan()[1][0].key) and entry["value"] == list(artifact.plan()[1][0].value)
+    assert entry["key_kl_when_cut"] == artifact.sensitivity("key")[1][0].tolist()
+    assert entry["value_kl_when_cut"] == artifact.sensitivity("value")[1][0].tolist()
+    assert entry["kl_when_knocked_out"] == entry["key_kl_when_cut"][0]
+    assert 0 <= entry["value_energy_kept"] <= 1 and entry["key_expected_squared_error"] > 0
+    if allocation == "allocated" and artifact.report["plan_swaps"] == 0:  # replanning spends as compiling did
+        assert replanned(artifact, kv_budget=0.125).plan() == artifact.plan() or artifact.report["plan_kl"] > 1e-4
+
+
+def test_a_bound_on_kl(compile_with):
+    loose = compile_with(max_kl=1.0)  # a model of random weights loses little
+    bounds = 1.0, loose[0]["plan"]["predicted_kl"] / 10
+    strict = compile_with(max_kl=bounds[1])
+    assert loose[0]["plan"]["share"] == 1 / 512
+    for (said, artifact), bound in zip((loose, strict), bounds, strict=True):
+        assert said["plan"]["predicted_kl"] <= bound == artifact.method.max_kl
+        assert artifact.method.kv_budget == pytest.approx(said["plan"]["share"])
+    assert loose[0]["plan"]["share"] < strict[0]["plan"]["share"] < 1
+
+
+def test_fewer_documents_are_cut(compile_with):
+    few, all_ = (compile_with(kv_budget=0.5, **given)[1] for given in ({"sensitivity_samples": 1}, {}))
+    assert [a.calibration["sensitivity_documents"] for a in (few, all_)] == [1, 4]
+    assert [a.calibration["documents"] for a in (few, all_)] == [4, 4]
+    assert not few.sensitivity("key")[0].allclose(all_.sensitivity("key")[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize(("key", "value"), [("8", "native"), ("4", "8"), ("auto", "4")])
+def test_simple_knobs(compile_with, key, value):
+    _, artifact = compile_with(keep_ratio=0.5, key_bits=key, value_bits=value)
+    heads = heads_of(artifact)
+    assert {head.value for head in heads} == {{"native": Slabs(32), "8": Slabs(0, 32), "4": Slabs(0, 0, 32)}[value]}
+    if key == "auto":
+        native = 6 * 16 * 2
+        assert 0.9 * native <= sum(head.key.bytes_per_token() for head in heads) <= native
+    else:
+        assert sum(head.key.rank for head in heads) == 6 * 16
+        assert all(head.key == (Slabs(0, head.key.rank) if key == "8" else Slabs(0, 0, head.key.rank)) for head in heads)
+
+
+def test_too_small_a_budget_is_refused_before_weights_are_loaded(compile_with, monkeypatch):
+    monkeypatch.setattr("rotatek_compile.compiler.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises(UsageError, match="--kv-budget 0.001 is too small: .* take 0.001953 of its dense bytes"):
+        compile_with(kv_budget=0.001)
+
+
+def test_dry_runs(cli, checkpoint, data_file, tmp_path):
+    ask = ("compile", "--model", checkpoint, "--calib", data_file, "-o", tmp_path / "a", "--device", "cpu", "--dry-run")
+    assert "KV budget 0.125" in (said := cli(*ask, "--kv-budget", "0.125").out) and "768 dense, about 96 compressed" in said
+    assert "the smallest that fits" in cli(*ask, "--max-kl", "0.01").out
+    assert (
+        "Values at 8 bits" in (said := cli(*ask, "--value-bits", "8", "--key-bits", "4").out) and "768 dense, about 240 compressed" in said
+    )

@@ -1,0 +1,82 @@
+"""Plans checked as a whole: swaps towards what is measured, never beyond the budget; the smallest budget for a KL."""
+
+import numpy as np
+
+from rotatek_compile.allocate import Menu
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.plan import HeadPlan
+from rotatek_compile.planning import Search
+from rotatek_compile.repair import repaired, smallest_within
+
+
+def ranks(plan):
+    return tuple(head.key.native for head in plan[0])
+
+
+def plan_of(*counts):
+    return {0: [HeadPlan(Slabs(count), Slabs(32)) for count in counts]}
+
+
+def search(*heads, budget, uniform):
+    found = {}
+    for h, kl in enumerate(heads):
+        options = tuple(HeadPlan(Slabs(8 * n), Slabs(32)) for n in range(len(kl)))
+        found[0, h] = Menu(options, np.arange(len(kl)), np.array(kl, dtype=float))
+    return Search(found, budget, plan_of(*uniform))
+
+
+EVEN = [4, 3, 2, 1, 0]
+
+
+def test_swaps_towards_what_is_measured():
+    truth = {(16, 16): 1.0, (8, 24): 0.5, (24, 8): 2.0, (0, 32): 0.4}
+    start = search([4, 2.9, 1.9, 1, 0.5], [4, 2.95, 1.95, 1.1, 0.6], budget=4, uniform=(16, 16))
+    assert ranks(start.plan(start.best())) == (16, 16)
+    plan, kl, swaps = repaired([start], lambda p: truth[ranks(p)])
+    assert (ranks(plan), kl, swaps) == ((0, 32), 0.4, 2)
+
+
+def test_a_good_plan_is_left_alone():
+    calls = []
+    wanted = [search([1, 0, 0, 0, 0], EVEN, budget=4, uniform=(16, 16))]
+    plan, kl, swaps = repaired(wanted * 2, lambda p: calls.append(p) or 5e-5)
+    assert (ranks(plan), kl, swaps, len(calls)) == ((8, 24), 5e-5, 0, 1)
+
+
+def test_uniform_is_taken_where_it_is_better():
+    one = search([0.1] * 5, EVEN, budget=4, uniform=(16, 16))
+    plan, kl, swaps = repaired([one], lambda p: 0.1 if ranks(p) == (16, 16) else 9.0)
+    assert (ranks(plan), kl, swaps) == ((16, 16), 0.1, 0)
+
+
+def test_the_better_start_is_repaired():
+    truth = {(16, 0): 5.0, (8, 8): 3.0, (0, 16): 1.0}
+    trusted = search([9, 1, 0], [0.1, 0.05, 0.04], budget=2, uniform=(8, 8))
+    literal = search([0.1, 0.05, 0.04], [9, 1, 0], budget=2, uniform=(8, 8))
+    plan, kl, _ = repaired([trusted, literal], lambda p: truth[ranks(p)])
+    assert (ranks(plan), kl) == ((0, 16), 1.0)
+
+
+def test_the_budget_is_kept():
+    seen = []
+
+    def measured(plan):
+        seen.append(ranks(plan))
+        return 1.0 / (1 + len(seen))
+
+    repaired([search(EVEN, [8, 4, 2, 1, 0], EVEN, budget=6, uniform=(16, 16, 16))], measured)
+    assert len(seen) > 5 and max(map(sum, seen)) <= 48 and min(map(min, seen)) >= 0
+
+
+def test_the_smallest_budget_for_a_kl():
+    """One head of 64 steps whose KL is 1 at nothing and falls linearly: 0.25 nats need 48 of 64 steps."""
+    line = [1 - n / 64 for n in range(65)]
+
+    def at(share):
+        return [search(line, budget=int(64 * share), uniform=(8 * int(64 * share),))]
+
+    measure = lambda plan: 1 - ranks(plan)[0] / 512  # noqa: E731
+    plan, kl, _ = smallest_within(at, measure, 0.25, 1 / 64)
+    assert 0.2 <= kl <= 0.25 and 48 <= ranks(plan)[0] / 8 <= 51
+    assert ranks(smallest_within(at, measure, 1e-9, 1 / 64)[0]) == (512,)
+    assert ranks(smallest_within(at, measure, 2.0, 1 / 64, alike=True)[0])[0] <= 16
