@@ -157,7 +157,7 @@ def test_tables_are_merged_and_printed(tmp_path):
     rows = printer.merged([tmp_path / "a.csv", tmp_path / "b.csv", tmp_path / "a.csv"])
     assert len(rows) == 4
     said = "\n".join(printer.tables(rows))
-    assert "| 1/16 | planned from the artifact | 0.0625 | 0.500 [0.500, 0.500] |" in said and "0.4 [0.3, 0.6]" in said
+    assert "| 1/16 | planned from the artifact | 4 | 0.0625 | 0.500 [0.500, 0.500] |" in said and "0.4 [0.3, 0.6]" in said
     assert "- 1/16: loses 0.030 of dense exact match, NOT within 0.02" in said
     assert "- 1/16: at most half of the KL of head-drop (x)" in said
     assert "| precision | 4-bit directions only | 0.0625 | 0.500 [0.500, 0.500] | 4.0e-01 [4.0e-01, 4.0e-01] | 4 | 3 | speed |" in said
