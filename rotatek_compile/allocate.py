@@ -27,11 +27,6 @@ Menus = dict[Pair, Menu]
 Choice = dict[Pair, int]  # number of the option taken
 
 
-def raw_plan(geometry: Geometry) -> Plan:
-    """Everything as it is."""
-    return {i: [HeadPlan(Slabs(layer.head_dim), Slabs(layer.head_dim))] * layer.kv_heads for i, layer in _layers(geometry)}
-
-
 def same_slabs(geometry: Geometry, key: Slabs, value: Slabs) -> Plan:
     """One plan for every head."""
     return {i: [HeadPlan(key, value)] * layer.kv_heads for i, layer in _layers(geometry)}

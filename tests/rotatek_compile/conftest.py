@@ -98,3 +98,6 @@ def attention_inputs(tiny: Any) -> Callable[[Encoded], list[tuple[torch.Tensor, 
         return seen
 
     return record
+
+
+sys.path.insert(0, str(Path(__file__).parent))  # for artifact_edits, which two files share
