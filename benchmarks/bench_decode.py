@@ -5,7 +5,7 @@
 1. Correctness against float64 over random shapes (exit 1 if it fails; nothing is timed then).
 2. Timings: 32 query and 8 KV heads, D 128, bf16, one new token. Ours: T - 128 visual tokens coded, 128 in the raw window.
    Timed from the query after RoPE to the output: query rotation, splits, Value rotation and merge. "append" adds writing the new Key and
-   Value, the same two copies on every side. "graph": a CUDA graph over several layers with a cache each, more than 3x the
+   Value: two copies before SDPA, our kernel does it itself. "graph": a CUDA graph over several layers with a cache each, more than 3x the
    L2 together; "eager": one call, L2 overwritten before each (Triton's do_bench).
 3. With --sweep: tile sizes and numbers of programs of the coded configurations.
 """
@@ -45,13 +45,17 @@ QUERY_HEADS, HEADS, DIM, WINDOW = 32, 8, 128, 128
 SCALING = DIM**-0.5
 SHAPES = {(1, 32768): 16, (8, 8192): 8, (32, 4096): 4, (32, 16384): 2}  # (B, T): layers in the graph
 RAW = None
-CONFIGURATIONS: dict[str, tuple[Slabs | None, Slabs | None]] = {  # Keys and Values: native, 8 bit, 4 bit
+Side = Slabs | tuple[Slabs, ...] | None  # of all heads, or one per head
+MIXED = tuple(Slabs(0, 0, n) for n in (16, 16, 32, 32, 32, 32, 48, 48)), tuple(Slabs(0, 0, n) for n in (32, 96, 32, 64, 64, 96, 32, 96))
+CONFIGURATIONS: dict[str, tuple[Side, Side]] = {  # Keys and Values: native, 8 bit, 4 bit
     "r32": (Slabs(32), RAW),
     "r64": (Slabs(64), RAW),
     "dense": (RAW, RAW),
     "K 64x8 V 128x8": (Slabs(0, 64), Slabs(0, 128)),
+    "K 32x8 V 128x8": (Slabs(0, 32), Slabs(0, 128)),
     "K 32x4 V 128x4": (Slabs(0, 0, 32), Slabs(0, 0, 128)),
     "K 32x4 V 64x4": (Slabs(0, 0, 32), Slabs(0, 0, 64)),
+    "mixed, mean K 32x4 V 64x4": MIXED,
     "K, V 16x8 48x4": (Slabs(0, 16, 48), Slabs(0, 16, 48)),
 }
 QUICK = ("r32", "dense", "K 32x4 V 64x4")
@@ -74,12 +78,8 @@ class Layer:
         plan = table.plan_splits(self.host_table, window_capacity=WINDOW, head_dim=DIM, num_programs=programs, device="cuda")
         return replace(self, view=replace(self.view, splits=plan))
 
-    def append(self) -> None:
-        self.view.window_keys[:, :, -1].copy_(self.key)
-        self.view.window_values[:, :, -1].copy_(self.value)
 
-
-def make_layer(batch: int, tokens: int, key: Slabs | None, value: Slabs | None, seed: int) -> Layer:
+def make_layer(batch: int, tokens: int, key: Side, value: Side, seed: int) -> Layer:
     """Random data at once for all segments: one per sequence and head, Keys and Values of these slabs, or raw."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -94,16 +94,16 @@ def make_layer(batch: int, tokens: int, key: Slabs | None, value: Slabs | None, 
     segments = torch.arange(count).view(batch, HEADS)
     heads = torch.arange(HEADS).expand(batch, HEADS)
     for number, (side, kept) in enumerate(((table.KEY, key), (table.VALUE, value))):
-        slabs = kept or Slabs(DIM)
+        slabs = per_head(kept)
         fields = rows[..., 0, side : side + table.OWN_MEAN + 1]
-        each = codes.pool_bytes(stored, slabs, 2)
-        data = torch.randint(0, 256, (count, each), generator=generator, device="cuda", dtype=torch.uint8)
-        native = codes.padded(stored) * slabs.native
-        if native:
-            data[:, : 2 * native] = rand(count, native).view(torch.uint8)
+        each = torch.tensor([codes.pool_bytes(stored, of_head, 2) for of_head in slabs])
+        data = torch.randint(0, 256, (batch, int(each.sum())), generator=generator, device="cuda", dtype=torch.uint8)
+        native = codes.padded(stored) * slabs[0].native
+        if native:  # heads are alike then
+            data.view(count, -1)[:, : 2 * native] = rand(count, native).view(torch.uint8)
         pool.append(data.reshape(-1))
         fields[...] = NONE
-        fields[..., table.OFFSET] = size + segments * each
+        fields[..., table.OFFSET] = size + torch.arange(batch)[:, None] * each.sum() + each.cumsum(0) - each
         fields[..., table.NATIVE : table.NIBBLE + 1] = torch.tensor(slabs)
         size += data.numel()
         if kept is RAW:
@@ -112,8 +112,9 @@ def make_layer(batch: int, tokens: int, key: Slabs | None, value: Slabs | None, 
         fields[..., table.BASIS], fields[..., table.STRIDE] = (number * HEADS + heads) * DIM * DIM, DIM
         fields[..., table.MEAN] = (number * HEADS + heads) * DIM
         fields[..., table.OWN_MEAN] = (number * count + segments) * DIM
-        fields[..., table.SCALES] = sum(x.numel() for x in scales) + segments * slabs.scaled
-        scales.append(torch.tensor([1 / 73] * slabs.byte + [1 / 4.6] * slabs.nibble).repeat(count))  # about unit variance
+        fields[..., table.SCALES] = sum(x.numel() for x in scales) + segments * DIM
+        of_heads = [[1 / 73] * x.byte + [1 / 4.6] * (DIM - x.byte) for x in slabs]  # about unit variance
+        scales.append(torch.tensor(of_heads).reshape(-1).repeat(batch))
     view = CacheView(
         table=rows.to("cuda"),
         codes=torch.cat(pool),
@@ -129,10 +130,15 @@ def make_layer(batch: int, tokens: int, key: Slabs | None, value: Slabs | None, 
     return Layer(view, rows, rand(batch, QUERY_HEADS, 1, DIM), rand(batch, HEADS, DIM), rand(batch, HEADS, DIM))
 
 
-def read_bytes(batch: int, tokens: int, key: Slabs | None, value: Slabs | None) -> int:
+def per_head(kept: Side) -> tuple[Slabs, ...]:
+    """The slabs of every head."""
+    return kept if isinstance(kept, tuple) and not isinstance(kept, Slabs) else (kept or Slabs(DIM),) * HEADS
+
+
+def read_bytes(batch: int, tokens: int, key: Side, value: Side) -> int:
     """Bytes of Keys and Values a call must read."""
-    per_token = sum((kept or Slabs(DIM)).bytes_per_token() for kept in (key, value))
-    return batch * HEADS * ((tokens - WINDOW) * per_token + WINDOW * 4 * DIM)
+    per_token = sum(slabs.bytes_per_token() for kept in (key, value) for slabs in per_head(kept))
+    return batch * ((tokens - WINDOW) * per_token + HEADS * WINDOW * 4 * DIM)
 
 
 def graph_us(steps: list[Step]) -> float:
@@ -198,8 +204,9 @@ def gate(shapes: int) -> bool:
         cache = random_cache(layout, [77], 128, 128, torch.bfloat16, device="cuda", num_programs=100)
         worst = measure(worst, cache, group, 1, 128, f"every rank G {group}")
     for name, (key, value) in CONFIGURATIONS.items():
-        sides = [kept and Coded(*kept) for kept in (key, value)]
-        layout = [[[Segment(length, *sides)] for length in (1, 63, 65, 1000, 4097)]]
+        lengths = (1, 63, 65, 1000, 4097, 128, 129, 2000)
+        heads = zip(lengths, *(per_head(kept) if kept else (RAW,) * HEADS for kept in (key, value)), strict=True)
+        layout = [[[Segment(length, *(kept and Coded(*kept) for kept in sides))] for length, *sides in heads]]
         cache = random_cache(layout, [77], 128, 128, torch.bfloat16, device="cuda", num_programs=100)
         worst = measure(worst, cache, 4, 1, 128, name)
     torch.use_deterministic_algorithms(False)
@@ -250,9 +257,8 @@ def dense_steps(batch: int, tokens: int, layers: int, append: bool) -> list[Step
 
 def our_steps(layers: list[Layer], append: bool, **options: object) -> list[Step]:
     def step(layer: Layer) -> Tensor:
-        if append:
-            layer.append()
-        return decode.decode_attention(layer.query, layer.view, SCALING, **options)
+        new = (layer.key.unsqueeze(2), layer.value.unsqueeze(2)) if append else None
+        return decode.decode_attention(layer.query, layer.view, SCALING, new=new, **options)
 
     return [partial(step, layer) for layer in layers]
 
@@ -297,13 +303,14 @@ def measure_shape(results: Table, batch: int, tokens: int, count: int, quick: bo
             results.add(batch, tokens, name, dense_bytes, plain, appended)
         del plain, appended
         torch.cuda.empty_cache()
-    programs = table.programs_for(batch * HEADS, torch.cuda.get_device_properties(0).multi_processor_count)
     for name, (key, value) in CONFIGURATIONS.items():
         if quick and name not in QUICK:
             continue
-        layers = [make_layer(batch, tokens, key, value, seed).planned(programs) for seed in range(count)]
+        layers = [make_layer(batch, tokens, key, value, seed) for seed in range(count)]
+        programs = table.programs_for(layers[0].host_table, torch.cuda.get_device_properties(0).multi_processor_count)
+        layers = [layer.planned(programs) for layer in layers]
         size = read_bytes(batch, tokens, key, value)
-        for two_part in (False, True) if key is not RAW and name != "r64" else (False,):
+        for two_part in (False, True) if name == "r32" else (False,):  # codes have one part
             options = {"two_part_query": two_part}
             error = timed_shape_error(layers[0], **options)
             if not error < TIMED_LIMIT:
@@ -325,20 +332,22 @@ def sweep(output: Path | None, facts: dict[str, object]) -> None:
         key, value = CONFIGURATIONS[name]
         base = [make_layer(batch, tokens, key, value, seed) for seed in range(SHAPES[batch, tokens])]
         size, first = read_bytes(batch, tokens, key, value), len(rows)
-        for block_n, warps, stages in ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 2), (128, 8, 3), (32, 4, 3)):
-            tiles = decode.Config(block_n, stages, 32, 2, warps)
-            for programs in (264, 396, 528, 1056):
+        apart = key.native == 0 if isinstance(key, Slabs) else True
+        tried = itertools.product((64, 128, 256), (3, 4), (128, 168, None)) if apart else itertools.product((32, 64, 128), (2, 3), (None,))
+        for block_n, stages, registers in tried:
+            tiles = decode.Config(block_n, stages, 32, 2, 4, apart, registers)
+            for programs in (132, 264, 396, 528, 792, 1056):
                 layers = [layer.planned(programs) for layer in base]
                 try:
                     us = graph_us(our_steps(layers, False, tiles=tiles))
                 except OutOfResources as error:
                     print(f"  {name} {tiles} does not fit: {error}")
                     break
-                row = {"B": batch, "T": tokens, "method": name, "block_n": block_n, "warps": warps, "stages": stages}
+                row = {"B": batch, "T": tokens, "method": name, "block_n": block_n, "stages": stages, "registers": registers or ""}
                 rows.append(row | {"programs": programs, "graph_us": round(us, 2), "graph_TBps": round(size / us / 1e6, 3)})
         print("sweep", batch, tokens, name)
         for row in sorted(rows[first:], key=lambda r: r["graph_us"])[:8]:
-            print("  ", {k: row[k] for k in ("block_n", "warps", "stages", "programs", "graph_us", "graph_TBps")}, flush=True)
+            print("  ", {k: row[k] for k in ("block_n", "stages", "registers", "programs", "graph_us", "graph_TBps")}, flush=True)
         if output:
             with (output / "bench_decode_sweep.csv").open("w", newline="") as file:
                 writer = csv.DictWriter(file, [*rows[0], *facts])

@@ -1,6 +1,7 @@
-"""Decode attention over the compact cache with Triton: two launches, no wait for the device.
+"""Decode attention over the compact cache with Triton: two launches, no wait for the device, fit for CUDA graphs.
 
-The specification is `decode_torch.decode_attention_torch`. Splits come from `view.splits` (`table.plan_splits`).
+The specification is `decode_torch.decode_attention_torch`. Splits come from `view.splits` (`table.plan_splits`). Splits with 8- or 4-bit
+codes run in `decode_codes.py` where they can (`Config.apart`), all others in `decode_attend.py`.
 """
 
 from __future__ import annotations
@@ -17,19 +18,27 @@ from .table import CacheView
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_ROWS = 64
-MAX_CODED_ROWS = 32  # with 64, Triton 3.6 multiplies by warp groups and gave wrong results on an H200
+MAX_CODED_ROWS = 32  # with 64, Triton 3.6 multiplies by groups of warps, which gave wrong results on Hopper (`decode_columns.product`)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Tile sizes of the split kernel: tokens per tile and pipeline stages of coded and of dense splits, and warps."""
+    """Tile sizes of the split kernel.
+
+    Attributes:
+        block_n, stages: tokens per tile and pipeline stages of coded splits. dense_block_n, dense_stages: of raw ones and the window.
+        apart: the warps of a coded split go their own ways (`decode_codes.py`).
+        registers: most per thread, so that more programs fit on a multiprocessor; None leaves it to the compiler.
+    """
 
     block_n: int
     stages: int
     dense_block_n: int
     dense_stages: int
     warps: int = 4
+    apart: bool = False
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,19 @@ class Widths:
         """Those of a layer, from its `SplitPlan`."""
         return cls(_tile(key_widths), _tile(value_widths), pairs)
 
+    def value_tile(self, head_dim: int) -> int:
+        """Directions of the Values that a coded split sums over, all slabs together; raw Values have all."""
+        native, byte, nibble = self.value
+        coded = any(not raw for _, raw in self.pairs)
+        return max((native + byte + 2 * nibble) * coded, _power_of_two(head_dim) * ((False, True) in self.pairs))
+
+    def token_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes that a tile of a coded split takes per token, in shared memory."""
+        raw = _power_of_two(head_dim) * itemsize
+        coded = [native * itemsize + byte + nibble for native, byte, nibble in (self.key, self.value)]
+        sides = ([raw if is_raw else size for is_raw, size in zip(pair, coded, strict=True)] for pair in self.pairs)
+        return max((sum(side) for side in sides), default=0)
+
     def constants(self) -> dict[str, int | bool]:
         """The split kernel's arguments."""
         widths = dict(zip(("KN", "K8", "K4", "VN", "V8", "V4"), self.key + self.value, strict=True))
@@ -61,17 +83,25 @@ def _tile(slabs: Slabs) -> tuple[int, int, int]:
     return widths[0], widths[1], widths[2]
 
 
-def config(widths: Widths, head_dim: int, itemsize: int, rows: int = 16) -> Config:
-    """Tile sizes for a layer of these widths, with `rows` packed query rows.
+def config(widths: Widths, head_dim: int, itemsize: int, rows: int = 8) -> Config:
+    """Tile sizes for a layer of these widths, with `rows` packed query rows, a power of two from 8 on.
 
     All bodies live in one kernel, whose shared memory is that of the largest; so where the only raw tokens are those of
     the window, its tiles are small and leave room for more programs per multiprocessor.
     """
     wide = head_dim * itemsize > 256  # fp32, or D = 256: half the tokens per tile
     block_n = 32 if wide else 64
-    all_coded = (False, False) in widths.pairs
-    warps = 8 if itemsize == 4 or rows * head_dim > (4096 if all_coded else 8192) else 4  # with 4, the accumulators of these would spill
     dense_block_n = 32 if widths.pairs and (True, True) not in widths.pairs else block_n
+    values = widths.value_tile(head_dim)
+    if itemsize == 2 and any(widths.key[1:] + widths.value[1:]) and rows <= 16 and rows * values <= 2048:  # 64 registers of sums
+        # best or within 3 % of it among 8 settings per shape, on an H100
+        block_n = 128 if widths.token_bytes(head_dim, itemsize) <= 256 else 64
+        slabs = sum(width > 0 for width in (*widths.key, *widths.value))
+        registers = None if rows > 8 else 128 if values <= 64 and slabs <= 2 else 168  # for four or three programs
+        return Config(block_n, 3, dense_block_n, 2, 4, apart=True, registers=registers)
+    all_coded = (False, False) in widths.pairs
+    # with 4, the accumulators of these would spill
+    warps = 8 if itemsize == 4 or max(16, rows) * head_dim > (4096 if all_coded else 8192) else 4
     # Codes are small: a second tile under way keeps as many bytes in flight as one of raw numbers.
     stages = 3 if all_coded and itemsize == 2 and widths.value[0] <= 64 else 2
     # within 3 % of the best of 20-48 settings per shape on average where Values are raw, on an H100 (benchmarks/bench_decode.py --sweep)
@@ -127,46 +157,53 @@ def decode_attention(
     view: CacheView,
     scaling: float,
     *,
+    new: tuple[Tensor, Tensor] | None = None,
     tiles: Config | None = None,
     two_part_query: bool = True,
 ) -> Tensor:
     """Attention of the T newest tokens over everything stored.
 
     Args:
-        q: `[B, Hq, T, D]` after RoPE, not rotated, any strides with the last 1; its tokens are already in the window.
+        q: `[B, Hq, T, D]` after RoPE, not rotated, any strides with the last 1; its tokens count in `window_lengths` already.
         view: the layer's cache, with `splits`; `window_keys` and `window_values` have equal strides, contiguous in the last two dimensions.
         scaling: factor of the logits.
+        new: Keys and Values `[B, Hkv, T, D]` of q's tokens, which the kernel writes to the end of the window; without them
+            they are there already. They cost no launch of their own.
         tiles: overrides `config`.
-        two_part_query: keep the rotated query as the sum of two numbers of the cache's dtype, which removes its rounding
-            at the price of a second small matrix product per tile.
+        two_part_query: keep the query that meets native Keys as the sum of two numbers of the cache's dtype, which removes
+            its rounding at the price of a second small matrix product per tile. Codes are met by fp16, which is fine enough.
 
     Returns:
         `[B, Hq, T, D]` in q's dtype, contiguous.
 
     Raises:
-        ValueError: the shape is not supported, with `supported`'s reason.
+        ValueError: the shape is not supported, with `supported`'s reason, or `new` does not have its shape and dtype.
     """
     reason = supported(q, view)
     if reason is not None:
         raise ValueError(f"no Triton decode attention: {reason}; use decode_torch.decode_attention_torch")
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            return decode_attention(q, view, scaling, tiles=tiles, two_part_query=two_part_query)
+            return decode_attention(q, view, scaling, new=new, tiles=tiles, two_part_query=two_part_query)
     from . import decode_kernels as kernels
 
     plan = view.splits
-    batch, query_heads, new, dim = q.shape
+    batch, query_heads, count, dim = q.shape
     heads = view.num_kv_heads
     group = query_heads // heads
-    rows = new * group
-    padded_rows = max(16, _power_of_two(rows))
-    if q.stride(3) != 1:
-        q = q.contiguous()
-    chosen, constants = _choice(plan.key_widths, plan.value_widths, plan.pairs, dim, q.element_size(), padded_rows)
+    rows = count * group
+    apart_rows = max(8, _power_of_two(rows))
+    q, *appended = (x if x.stride(3) == 1 else x.contiguous() for x in (q, *(new or ())))
+    new_keys, new_values = appended or (q, q)
+    if new is not None and any(x.shape != (batch, heads, count, dim) or x.dtype != q.dtype or x.device != q.device for x in appended):
+        found = [(tuple(x.shape), x.dtype) for x in appended]
+        raise ValueError(f"new Keys and Values must be {(batch, heads, count, dim)} {q.dtype} on {q.device}, got {found}")
+    chosen, constants = _choice(plan.key_widths, plan.value_widths, plan.pairs, dim, q.element_size(), apart_rows)
     tiles = tiles or chosen
     precision = "tf32x3" if q.dtype is torch.float32 else "tf32"  # read for fp32 operands only
-    out = torch.empty((batch, query_heads, new, dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((batch, query_heads, count, dim), dtype=q.dtype, device=q.device)
     splits = plan.num_splits
+    early = q.is_cuda and _starts_early(q.device.index)
     # Whole 16 bytes each: Triton would compile anew for pointers aligned otherwise.
     part_rows = -(-splits * rows // 4) * 4
     parts = torch.empty(part_rows * (dim + 2), dtype=torch.float32, device=q.device)
@@ -174,26 +211,35 @@ def decode_attention(
     if splits:
         kernels.split_kernel[(splits,)](
             q, plan.records, view.table, view.codes, view.bases, view.own_bases, view.scales, view.means, view.own_means,
-            view.window_keys, view.window_values, view.window_lengths,
+            view.window_keys, view.window_values, view.window_lengths, new_keys, new_values,
             part_m, part_l, part_acc,
             scaling * math.log2(math.e),
             q.stride(0), q.stride(1), q.stride(2), view.window_keys.stride(0), view.window_keys.stride(1),
-            HEADS=heads, G=group, T=new, D=dim, DP=_power_of_two(dim), M=padded_rows, **constants,
+            *new_keys.stride()[:3], *new_values.stride()[:3],
+            HEADS=heads, G=group, T=count, D=dim, DP=_power_of_two(dim), M=max(16, apart_rows), APART_M=apart_rows, **constants,
             BLOCK_N=tiles.block_n, STAGES=tiles.stages, DENSE_BLOCK_N=tiles.dense_block_n, DENSE_STAGES=tiles.dense_stages,
-            TWO_PART=two_part_query, UPCAST=not q.is_cuda, PRECISION=precision, num_warps=tiles.warps,
+            APART=tiles.warps * tiles.apart, APPEND=new is not None, EARLY=early,
+            TWO_PART=two_part_query, UPCAST=not q.is_cuda, PRECISION=precision, num_warps=tiles.warps, maxnreg=tiles.registers,
         )  # fmt: skip
     block_s = min(64, max(2, _power_of_two(plan.max_splits)))
     # Few rows: cut the channels too, so that enough programs read the partials.
     block_d = 32 if batch * heads * rows < 512 else _power_of_two(dim)
     kernels.merge_kernel[(batch * heads * rows, -(-dim // block_d))](
         part_m, part_l, part_acc, plan.ranges, out, out.stride(0), out.stride(1), out.stride(2),
-        HEADS=heads, G=group, T=new, D=dim, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4 if block_s * block_d > 1024 else 1,
+        HEADS=heads, G=group, T=count, D=dim, BLOCK_S=block_s, BLOCK_D=block_d, EARLY=early and splits > 0,
+        num_warps=4 if block_s * block_d > 1024 else 1, launch_pdl=early and splits > 0,
     )  # fmt: skip
     return out
 
 
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.lru_cache(maxsize=64)
+def _starts_early(device: int) -> bool:
+    """Whether a kernel may be launched before the one it depends on has ended, and wait for it itself (Hopper and later)."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _interpreted() -> bool:

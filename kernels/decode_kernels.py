@@ -8,8 +8,10 @@ A pair of raw or coded Keys with raw or coded Values is one body of the split ke
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .decode_attend import attend, coded
+from .decode_codes import coded_apart
 from .table import (
     BASIS,
     COUNT,
@@ -47,6 +49,8 @@ def split_kernel(
     window_keys,
     window_values,
     window_lengths,
+    new_keys,  # [B, Hkv, T, D], written to the window first if APPEND; else anything
+    new_values,
     part_m,  # [N, ROWS] fp32
     part_l,  # [N, ROWS] fp32
     part_acc,  # [N, ROWS, D] fp32
@@ -56,12 +60,19 @@ def split_kernel(
     stride_qt,
     stride_wb,
     stride_wh,
+    stride_kb,  # of new_keys and new_values
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
     HEADS: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,  # next power of two of D
-    M: tl.constexpr,
+    M: tl.constexpr,  # query rows of products that take sixteen and more
+    APART_M: tl.constexpr,  # of those that take eight and more
     KN: tl.constexpr,
     K8: tl.constexpr,
     K4: tl.constexpr,
@@ -75,11 +86,16 @@ def split_kernel(
     STAGES: tl.constexpr,
     DENSE_BLOCK_N: tl.constexpr,
     DENSE_STAGES: tl.constexpr,
+    APART: tl.constexpr,  # warps of a coded split that go their own ways, or 0
+    APPEND: tl.constexpr,
+    EARLY: tl.constexpr,  # the merge kernel may start before this one has ended
     TWO_PART: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Partials of one split for all query heads of its group; grid (splits,)."""
+    if EARLY:
+        gdc_launch_dependents()
     ROWS: tl.constexpr = T * G
     TYPE: tl.constexpr = q.dtype.element_ty
     record = records + tl.program_id(0).to(tl.int64) * C_RECORD
@@ -95,18 +111,8 @@ def split_kernel(
     raw_keys = tl.load(entry + C_KEY + C_BASIS, mask=i_entry >= 0, other=C_NONE) == C_NONE
     raw_values = tl.load(entry + C_VALUE + C_BASIS, mask=i_entry >= 0, other=C_NONE) == C_NONE
 
-    o_m = tl.arange(0, M)
-    o_d = tl.arange(0, DP)
-    m_m = o_m < ROWS
-    m_d = o_d < D
-    o_q = (i_h * G + o_m % G) * stride_qh + (o_m // G) * stride_qt  # [M]
-    b_q = tl.load(q + i_b * stride_qb + o_q[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)  # [M, DP]
-    if UPCAST:
-        b_q = b_q.to(tl.float32)
-    b_m = tl.full([M], float("-inf"), tl.float32)
-    b_l = tl.zeros([M], tl.float32)
-    b_acc = tl.zeros([M, DP], tl.float32)
-
+    p_q = q + i_b * stride_qb + i_h * G * stride_qh
+    i_out = i_slot * ROWS
     if raw_keys & raw_values:
         b_seen = tl.zeros([M], tl.int32) + i_count
         if tl.load(record + C_KIND) == WINDOW:
@@ -117,40 +123,108 @@ def split_kernel(
             p_v = window_values + o_window
             # The plan covers the window's capacity; what is filled is known only here.
             i_count = tl.maximum(tl.minimum(i_count, i_length - i_first), 0)
-            b_seen = tl.minimum(i_length - i_first - (T - 1 - o_m // G), i_count)
+            b_seen = tl.minimum(i_length - i_first - (T - 1 - tl.arange(0, M) // G), i_count)
+            if APPEND:
+                i_at = i_length - T - i_first  # where the first new token goes, counted from the split's first
+                _append(new_keys + i_b * stride_kb + i_h * stride_kh, stride_kt, p_k, i_at, i_count, T, D, DP)
+                _append(new_values + i_b * stride_vb + i_h * stride_vh, stride_vt, p_v, i_at, i_count, T, D, DP)
+                tl.debug_barrier()  # all threads see what each has written
         else:
             p_k = (codes + tl.load(entry + C_KEY + C_OFFSET) // 16 * 16).to(tl.pointer_type(TYPE)) + i_start * D
             p_v = (codes + tl.load(entry + C_VALUE + C_OFFSET) // 16 * 16).to(tl.pointer_type(TYPE)) + i_start * D
+        b_q = _queries(p_q, stride_qh, stride_qt, G, ROWS, D, DP, M, UPCAST)
         b_m, b_l, b_acc, _8, _a, _b = attend(
             b_q, b_q, b_q, b_q, b_q, b_q, b_q, b_q, tl.zeros([M], tl.float32), b_seen,
             p_k, p_k, p_k, p_v, p_v, p_v, D, 0, 0, D, 0, 0, i_count, scale,
             M, DP, 0, 0, DP, 0, 0, DP == D, DENSE_BLOCK_N, DENSE_STAGES, False, True, TYPE, UPCAST, PRECISION,
         )  # fmt: skip
+        _store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS, D)
     else:
         # Nested, because a constant of compilation must not meet a number of the GPU in one condition.
         if CODED_BOTH:  # noqa: SIM102
             if (raw_keys | raw_values) == 0:
-                b_m, b_l, b_acc = coded(
-                    b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
-                    D, DP, M, KN, K8, K4, VN, V8, V4, False, False, BLOCK_N, STAGES, TWO_PART, TYPE, UPCAST, PRECISION,
+                _coded(
+                    p_q, stride_qh, stride_qt, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
+                    part_m, part_l, part_acc, i_out, G, ROWS, D, DP, M, APART_M, KN, K8, K4, VN, V8, V4, False, False,
+                    BLOCK_N, STAGES, APART, TWO_PART, TYPE, UPCAST, PRECISION,
                 )  # fmt: skip
         if CODED_KEYS:  # noqa: SIM102
             if raw_values:
-                b_m, b_l, b_acc = coded(
-                    b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
-                    D, DP, M, KN, K8, K4, VN, V8, V4, False, True, BLOCK_N, STAGES, TWO_PART, TYPE, UPCAST, PRECISION,
+                _coded(
+                    p_q, stride_qh, stride_qt, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
+                    part_m, part_l, part_acc, i_out, G, ROWS, D, DP, M, APART_M, KN, K8, K4, VN, V8, V4, False, True,
+                    BLOCK_N, STAGES, APART, TWO_PART, TYPE, UPCAST, PRECISION,
                 )  # fmt: skip
         if CODED_VALUES:  # noqa: SIM102
             if raw_keys:
-                b_m, b_l, b_acc = coded(
-                    b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
-                    D, DP, M, KN, K8, K4, VN, V8, V4, True, False, BLOCK_N, STAGES, TWO_PART, TYPE, UPCAST, PRECISION,
+                _coded(
+                    p_q, stride_qh, stride_qt, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
+                    part_m, part_l, part_acc, i_out, G, ROWS, D, DP, M, APART_M, KN, K8, K4, VN, V8, V4, True, False,
+                    BLOCK_N, STAGES, APART, TWO_PART, TYPE, UPCAST, PRECISION,
                 )  # fmt: skip
 
-    o_out = i_slot * ROWS + o_m
-    tl.store(part_m + o_out, b_m, mask=m_m)
-    tl.store(part_l + o_out, b_l, mask=m_m)
-    tl.store(part_acc + o_out[:, None] * D + o_d[None, :], b_acc, mask=m_m[:, None] & m_d[None, :])
+
+@triton.jit
+def _append(p_new, stride, p_window, i_at, i_count, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Copies those of T new tokens that belong among `i_count` tokens of the window, the first of them to place `i_at`."""
+    o_d = tl.arange(0, DP)
+    for t in tl.static_range(T):
+        o_to = i_at + t + tl.zeros([DP], tl.int32)
+        m = (o_d < D) & (o_to >= 0) & (o_to < i_count)
+        tl.store(p_window + o_to * D + o_d, tl.load(p_new + t * stride + o_d, mask=m), mask=m)
+
+
+@triton.jit
+def _queries(
+    p_q, stride_qh, stride_qt,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The group's query rows: [M, DP], zero beyond ROWS and D."""
+    o_m = tl.arange(0, M)
+    o_d = tl.arange(0, DP)
+    o_q = o_m % G * stride_qh + o_m // G * stride_qt
+    b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=(o_m < ROWS)[:, None] & (o_d < D)[None, :], other=0.0)
+    return b_q.to(tl.float32) if UPCAST else b_q
+
+
+@triton.jit
+def _store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS: tl.constexpr, D: tl.constexpr):
+    """Partials m, l [M] and acc [M, DP] go to rows `i_out` and following."""
+    M: tl.constexpr = b_acc.shape[0]
+    o_m = tl.arange(0, M)
+    o_d = tl.arange(0, b_acc.shape[1])
+    tl.store(part_m + i_out + o_m, b_m, mask=o_m < ROWS)
+    tl.store(part_l + i_out + o_m, b_l, mask=o_m < ROWS)
+    tl.store(part_acc + (i_out + o_m)[:, None] * D + o_d[None, :], b_acc, mask=(o_m < ROWS)[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _coded(
+    p_q, stride_qh, stride_qt, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
+    part_m, part_l, part_acc, i_out,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, APART_M: tl.constexpr,
+    KN: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, VN: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr,
+    RAW_KEYS: tl.constexpr, RAW_VALUES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
+    TWO_PART: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A split of a segment of which at least one side is coded, with warps together or apart."""
+    if APART:
+        b_q = tl.trans(_queries(p_q, stride_qh, stride_qt, G, ROWS, D, DP, APART_M, UPCAST))
+        # Tiles of coded Values are halved there, and a product takes 16 and more.
+        b_m, b_l, b_acc = coded_apart(
+            b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale, D, DP, APART_M,
+            DP if RAW_KEYS else KN, 0 if RAW_KEYS else K8, 0 if RAW_KEYS else K4,
+            DP if RAW_VALUES else VN, 0 if RAW_VALUES else 32 if V8 == 16 else V8, 0 if RAW_VALUES else 32 if V4 == 16 else V4,
+            RAW_KEYS, RAW_VALUES, BLOCK_N, STAGES, APART, TWO_PART, TYPE, UPCAST,
+        )  # fmt: skip
+        _store(part_m, part_l, part_acc, i_out, b_m, b_l, tl.trans(b_acc), ROWS, D)
+    else:
+        b_q = _queries(p_q, stride_qh, stride_qt, G, ROWS, D, DP, M, UPCAST)
+        b_m, b_l, b_acc = coded(
+            b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
+            D, DP, M, KN, K8, K4, VN, V8, V4, RAW_KEYS, RAW_VALUES, BLOCK_N, STAGES, TWO_PART, TYPE, UPCAST, PRECISION,
+        )  # fmt: skip
+        _store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS, D)
 
 
 @triton.jit
@@ -169,6 +243,7 @@ def merge_kernel(
     D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,  # started before the partials are there
 ):
     """Merge the partials of one row, some of its channels; grid (B * Hkv * T * G, ceil(D / BLOCK_D))."""
     ROWS: tl.constexpr = T * G
@@ -176,6 +251,8 @@ def merge_kernel(
     i_m = tl.program_id(0) % ROWS
     i_first = tl.load(ranges + i_row)
     i_last = tl.load(ranges + i_row + 1)
+    if EARLY:
+        gdc_wait()
     o_s = tl.arange(0, BLOCK_S)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D

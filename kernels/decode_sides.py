@@ -65,7 +65,7 @@ def place(p_side, bases, own_bases):
 
 
 @triton.jit
-def _basis(p_basis, i_stride, i_width, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr):
+def basis(p_basis, i_stride, i_width, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr):
     """The decode matrix's columns of one slab: [DP, TILE], zero beyond D and i_width."""
     o_d = tl.arange(0, DP)
     o_r = tl.arange(0, TILE)
@@ -77,7 +77,7 @@ def _basis(p_basis, i_stride, i_width, D: tl.constexpr, DP: tl.constexpr, TILE: 
 
 
 @triton.jit
-def _two_parts(b, TYPE: tl.constexpr, UPCAST: tl.constexpr):
+def two_parts(b, TYPE: tl.constexpr, UPCAST: tl.constexpr):
     """A block in fp32 as the sum of two of `TYPE`."""
     b_high = b.to(TYPE)
     b_low = (b - b_high.to(tl.float32)).to(TYPE)
@@ -103,11 +103,11 @@ def rotated(
     PRECISION: tl.constexpr,
 ):
     """The query in the coordinates of one slab of the Keys, the codes' scales folded in: two parts [M, TILE]."""
-    b_rotated = tl.dot(b_q, _basis(p_basis, i_stride, i_width, D, DP, TILE, UPCAST), input_precision=PRECISION)
+    b_rotated = tl.dot(b_q, basis(p_basis, i_stride, i_width, D, DP, TILE, UPCAST), input_precision=PRECISION)
     if SCALED:
         o_r = tl.arange(0, TILE)
         b_rotated *= tl.load(p_scales + o_r, mask=o_r < i_width, other=0.0).to(tl.float32)[None, :]
-    return _two_parts(b_rotated, TYPE, UPCAST)
+    return two_parts(b_rotated, TYPE, UPCAST)
 
 
 @triton.jit
@@ -130,8 +130,8 @@ def unrotated(
     if SCALED:
         o_r = tl.arange(0, TILE)
         b_levels *= tl.load(p_scales + o_r, mask=o_r < i_width, other=0.0).to(tl.float32)[None, :]
-    b_basis = tl.trans(_basis(p_basis, i_stride, i_width, D, DP, TILE, UPCAST))
-    b_high, b_low = _two_parts(b_levels, TYPE, UPCAST)
+    b_basis = tl.trans(basis(p_basis, i_stride, i_width, D, DP, TILE, UPCAST))
+    b_high, b_low = two_parts(b_levels, TYPE, UPCAST)
     b_total = tl.dot(b_high, b_basis, b_total, input_precision=PRECISION)
     return tl.dot(b_low, b_basis, b_total, input_precision=PRECISION)
 

@@ -16,6 +16,8 @@ from .slabs import UNIT, Slabs, check_slabs
 
 BLOCK = 64
 """Tokens per block: text leaves the window in blocks, and splits of a segment begin on them."""
+TILE = 128
+"""Tokens that long splits are a multiple of: what the split kernel takes at a time."""
 
 
 class Kind(IntEnum):
@@ -57,7 +59,7 @@ class SplitPlan:
     """The work list of one layer: every split is a run of tokens of one segment, or of the window, of one (b, h).
 
     Attributes:
-        records: int64 `[N, SPLIT_FIELDS]`, the most bytes first, so that the last programs to start are short ones.
+        records: int64 `[N, SPLIT_FIELDS]`, the most costly first, so that the last programs to start are short ones.
         ranges: int32 `[B * Hkv + 1]`; partials of row `b * Hkv + h` lie in slots `ranges[row]` to `ranges[row + 1]`.
         max_splits: the most splits any one row has.
         key_widths, value_widths: the largest native, 8-bit and 4-bit slab of any rotated side.
@@ -122,12 +124,16 @@ class CacheView:
         return self.window_keys.dtype
 
 
-def programs_for(rows: int, multiprocessors: int) -> int:
-    """Splits to aim for with `rows` (b, h) pairs: 3 per multiprocessor, 8 once the rows alone fill the GPU.
+def programs_for(table: Tensor, multiprocessors: int) -> int:
+    """Splits to aim for with a table [B, Hkv, Nseg, FIELDS]: 3 per multiprocessor, or 2 where a segment has 8- or 4-bit codes, whose
+    splits have more to do before and after; 8 once the rows (b, h) alone fill the GPU.
 
     Few splits keep the merge short; many leave no tail when every row has to be cut anyway (H100, bench_decode.py --sweep).
     """
-    return (8 if rows >= multiprocessors else 3) * multiprocessors
+    if table.shape[0] * table.shape[1] >= multiprocessors:
+        return 8 * multiprocessors
+    coded = bool(table[..., [side + bits for side in (KEY, VALUE) for bits in (BYTE, NIBBLE)]].any())
+    return (2 if coded else 3) * multiprocessors
 
 
 def plan_splits(
@@ -140,11 +146,11 @@ def plan_splits(
     min_tokens: int = 256,
     device: torch.device | str | None = None,
 ) -> SplitPlan:
-    """Cut a layer's cache into splits of about equal bytes; runs on the host.
+    """Cut a layer's cache into splits that take about equal time; runs on the host.
 
-    Counts follow bytes rather than tokens, so that heads of different ranks finish together. The plan stays valid until the
-    *table* changes or the window is reallocated: window splits cover the capacity, and kernels clamp them to the length they
-    read on the device. Rows whose tables are equal may be swapped freely.
+    Counts follow what tokens cost rather than their number, so that heads of different ranks finish together. The plan stays valid
+    until the *table* changes or the window is reallocated: window splits cover the capacity, and kernels clamp them to the length
+    they read on the device. Rows whose tables are equal may be swapped freely.
 
     Args:
         table: int64 `[B, Hkv, Nseg, FIELDS]` on the CPU.
@@ -172,13 +178,15 @@ def plan_splits(
     _check(pieces, head_dim)
 
     length = pieces[:, LENGTH]
-    halves = torch.tensor([2 * itemsize, 2, 1])  # half bytes of a direction
-    token_bytes = sum((pieces[:, side + NATIVE : side + BASIS] * halves).sum(1) for side in (KEY, VALUE)) / 2
-    token_bytes = token_bytes.clamp(min=1)  # a segment without any direction still takes a little time
-    wanted = (length * token_bytes).sum().item() / max(num_programs, 1)
-    count = ((length * token_bytes) / max(wanted, 1.0)).round().long()
+    stored = pieces[pieces[:, KIND] != int(Kind.WINDOW)]
+    key_widths, value_widths = _widths(stored, KEY), _widths(stored, VALUE)
+    token_cost = _token_costs(pieces, itemsize, key_widths, value_widths)
+    wanted = (length * token_cost).sum().item() / max(num_programs, 1)
+    count = ((length * token_cost) / max(wanted, 1.0)).round().long()
     count = count.clamp(min=1).minimum((length // min_tokens).clamp(min=1))
-    tokens = _ceil(_ceil(length, count), BLOCK) * BLOCK  # per split: even, whole blocks
+    tokens = _ceil(length, count)  # per split: even, whole blocks, and whole tiles where that changes little
+    step = torch.where(tokens >= 4 * TILE, TILE, BLOCK)
+    tokens = _ceil(tokens, step) * step
     count = _ceil(length, tokens)
 
     piece = torch.arange(len(pieces)).repeat_interleave(count)
@@ -189,20 +197,38 @@ def plan_splits(
     records[:, COUNT], records[:, START] = torch.minimum(tokens[piece], length[piece] - start), start
     per_row = torch.zeros(rows, dtype=torch.int64).index_add_(0, row, count)
     ranges = torch.cat([torch.zeros(1, dtype=torch.int64), per_row.cumsum(0)]).to(torch.int32)
-    longest_first = torch.argsort(records[:, COUNT] * token_bytes[piece], descending=True, stable=True)
-    stored = pieces[pieces[:, KIND] != int(Kind.WINDOW)]
+    longest_first = torch.argsort(records[:, COUNT] * token_cost[piece], descending=True, stable=True)
     return SplitPlan(
         records=records[longest_first].to(device),
         ranges=ranges.to(device),
         max_splits=int(per_row.max()) if rows else 0,
-        key_widths=_widths(stored, KEY),
-        value_widths=_widths(stored, VALUE),
+        key_widths=key_widths,
+        value_widths=value_widths,
         pairs=frozenset((key, value) for key, value in (stored[:, [KEY + BASIS, VALUE + BASIS]] == NONE).tolist()),
     )
 
 
 def _ceil(a: Tensor, b: Tensor | int) -> Tensor:
     return (a + b - 1) // b
+
+
+def _token_costs(pieces: Tensor, itemsize: int, key_widths: Slabs, value_widths: Slabs) -> Tensor:
+    """What a token of each piece costs, fp32, in bytes read: its own, or those of the same time where instructions take longer.
+
+    All heads of a layer go through tiles as wide as its widest slabs, so for codes that time is one for all (H100, three budgets).
+    """
+    halves = torch.tensor([2 * itemsize, 2, 1])  # half bytes of a direction
+    read = sum((pieces[:, side + NATIVE : side + BASIS] * halves).sum(1) for side in (KEY, VALUE)) / 2
+    instructions = torch.full_like(read, 28.0)  # of scores and softmax
+    for side, widths in ((KEY, key_widths), (VALUE, value_widths)):
+        of_tile = 0.52 * _tile(widths.byte) + 0.9 * _tile(widths.nibble // 2)
+        instructions += (pieces[:, side + BASIS] != NONE) * of_tile
+    coded = (pieces[:, [KEY + BYTE, KEY + NIBBLE, VALUE + BYTE, VALUE + NIBBLE]] > 0).any(1)
+    return read.maximum(torch.where(coded, instructions, 1.0))  # a segment without any direction takes a little time too
+
+
+def _tile(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length()) if width else 0
 
 
 def _widths(pieces: Tensor, side: int) -> Slabs:

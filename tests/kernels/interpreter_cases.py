@@ -16,6 +16,7 @@ from rotatek_compile.kernels.decode_torch import decode_attention_torch
 from rotatek_compile.kernels.table import plan_splits
 
 SMALL = decode.Config(32, 2, 32, 2)
+APART, APART_8 = decode.Config(128, 2, 32, 2, 4, apart=True), decode.Config(256, 2, 32, 2, 8, apart=True)
 
 
 def pairs(*sides, length=70):
@@ -29,6 +30,22 @@ def run(layout, windows, dim, group, new, dtype, *, capacity=72, min_tokens=64, 
     q = torch.randn(len(layout), new, heads * group, dim, generator=torch.Generator().manual_seed(1)).to(dtype).transpose(1, 2)
     out = decode.decode_attention(q, cache.view, dim**-0.5, tiles=tiles, two_part_query=two_part)
     return relative_error(out, brute_force(q, cache, dim**-0.5))
+
+
+def appended(layout, windows, dim, group, new, dtype, two_part=False):
+    """The kernel writes the newest tokens to the window itself; their places held NaN before, and hold the tokens afterwards."""
+    cache = random_cache(layout, windows, dim, 130, dtype, num_programs=12, min_tokens=64)
+    q = torch.randn(len(layout), len(layout[0]) * group, new, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected, kept, newest = brute_force(q, cache, dim**-0.5), [], []
+    for window in (cache.view.window_keys, cache.view.window_values):
+        kept.append(window.clone())
+        newest.append(torch.stack([window[b, :, n - new : n] for b, n in enumerate(windows)]).transpose(1, 2).contiguous().transpose(1, 2))
+        for b, n in enumerate(windows):
+            window[b, :, n - new : n] = float("nan")
+    out = decode.decode_attention(q, cache.view, dim**-0.5, new=tuple(newest), two_part_query=two_part)
+    found = cache.view.window_keys, cache.view.window_values
+    same = [torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(kept, found, strict=True)]
+    return relative_error(out, expected) if all(same) else float("inf")
 
 
 def ragged(seed, batch, heads, dim, longest=150):
@@ -95,6 +112,17 @@ CASES = {  # name: (what to run, largest error)
     "bf16": (lambda: run(ragged(6, 2, 1, 64), [9, 50], 64, 4, 1, bf16), 1.5e-2),
     "bf16-two-part-query": (lambda: run(ragged(6, 2, 1, 64), [9, 50], 64, 4, 1, bf16, two_part=True), 1e-2),
     "many-splits": (lambda: run(pairs(*ALL[:2], length=699), [9], 64, 4, 1, f32, min_tokens=64), 1e-5),
+    "apart-nibbles": (lambda: run(pairs(*NIBBLES, Coded(0, 0, 16), length=290), [3], 128, 4, 1, f16, min_tokens=256), 2e-3),
+    "apart-bytes": (lambda: run(pairs(*BYTES, length=290), [3], 128, 8, 1, f16, min_tokens=256), 2e-3),
+    "apart-three-slabs-16-rows": (lambda: run(pairs(*ALL, length=140), [3], 96, 8, 2, f16, two_part=True), 2e-3),
+    "apart-12-rows": (lambda: run(pairs(*ALL[:3], length=129), [5], 128, 4, 3, bf16), 1e-2),
+    "apart-raw-keys": (lambda: run(pairs(*([None, x] for x in ALL)), [3], 128, 7, 1, f16), 2e-3),
+    "apart-raw-values": (lambda: run(pairs(*([x, None] for x in ALL), length=127), [3], 96, 1, 1, f16), 2e-3),
+    "apart-d256": (lambda: run(pairs(Coded(0, 0, 128), Coded(0, 32, 16), length=200), [3], 256, 2, 1, f16), 2e-3),
+    "apart-own-way-fp32": (lambda: run(pairs(*ALL, length=200), [3], 128, 2, 1, f32, tiles=APART, two_part=True), 1e-5),
+    "apart-8-warps": (lambda: run(pairs(*ALL, length=300), [3], 128, 2, 1, f32, tiles=APART_8), 1e-5),
+    "append": (lambda: appended(pairs(Coded(0, 0, 32), Coded(8), None), [1], 64, 4, 1, f16), 2e-3),
+    "append-3-to-splits": (lambda: appended([[[Segment(9)]] * 2] * 3, [130, 65, 3], 96, 2, 3, f16), 2e-3),
     "shared-offsets": (shared_offsets, 2e-3),
     "growing-window": (growing_window, 1e-5),
 }

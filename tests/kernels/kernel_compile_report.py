@@ -47,6 +47,9 @@ CASES = {
     "g8-t8-d256-r256": Case(8, 8, 256, Slabs(256), NONE, (KEYS, RAW)),
     "g4-d128-k8-v8": Case(4, 1, 128, Slabs(0, 64), Slabs(0, 128), (BOTH,)),
     "g4-d128-k4-v4": Case(4, 1, 128, Slabs(0, 0, 32), Slabs(0, 0, 128), (BOTH,)),
+    "g4-d128-k4-v64x4": Case(4, 1, 128, Slabs(0, 0, 32), Slabs(0, 0, 64), (BOTH,)),
+    "g8-t2-d128-k4-v4": Case(8, 2, 128, Slabs(0, 0, 32), Slabs(0, 0, 128), (BOTH,)),
+    "g7-d128-k8-raw-values": Case(7, 1, 128, Slabs(0, 64), NONE, (KEYS,)),
     "g4-d128-mixed": Case(4, 1, 128, Slabs(0, 16, 48), Slabs(0, 16, 48), (BOTH,), True),
     "g4-d128-mixed-dense": Case(4, 1, 128, Slabs(0, 32, 64), Slabs(0, 32, 64), (BOTH, RAW), True),
     "g1-d64-three-slabs": Case(1, 1, 64, Slabs(16, 16, 32), Slabs(16, 16, 32), (BOTH, RAW), True),
@@ -58,11 +61,12 @@ CASES = {
 
 def split_source(case: Case, tiles: Config | None = None) -> tuple[ASTSource, dict]:
     """The split kernel of a case as Triton's compiler takes it, pointers and strides 16-aligned as at run time."""
-    rows = max(16, 1 << (case.new * case.group - 1).bit_length())
+    rows = max(8, 1 << (case.new * case.group - 1).bit_length())
     widths = Widths.of(case.key, case.value, frozenset(case.pairs))
     tiles = tiles or config(widths, case.dim, 4 if case.native == "fp32" else 2, rows)
     constants = {
-        "HEADS": 8, "G": case.group, "T": case.new, "D": case.dim, "DP": 1 << (case.dim - 1).bit_length(), "M": rows,
+        "HEADS": 8, "G": case.group, "T": case.new, "D": case.dim, "DP": 1 << (case.dim - 1).bit_length(), "M": max(16, rows),
+        "APART_M": rows, "APART": tiles.warps * tiles.apart, "APPEND": True, "EARLY": True,
         **widths.constants(), "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "DENSE_BLOCK_N": tiles.dense_block_n,
         "DENSE_STAGES": tiles.dense_stages, "TWO_PART": case.two_part, "UPCAST": False,
         "PRECISION": "tf32x3" if case.native == "fp32" else "tf32",
@@ -70,12 +74,13 @@ def split_source(case: Case, tiles: Config | None = None) -> tuple[ASTSource, di
     types = {
         "records": "*i64", "table": "*i64", "codes": "*u8", "scales": "*bf16", "means": "*fp32", "own_means": "*fp16",
         "window_lengths": "*i32", "part_m": "*fp32", "part_l": "*fp32", "part_acc": "*fp32",
-        "scale": "fp32", **dict.fromkeys(("stride_qb", "stride_qh", "stride_qt", "stride_wb", "stride_wh"), "i32"),
+        "scale": "fp32",
     }  # fmt: skip
     kernel = decode_kernels.split_kernel
+    types |= {name: "i32" for name in kernel.arg_names if name.startswith("stride_")}
     signature = {name: "constexpr" if name in constants else types.get(name, "*" + case.native) for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] not in ("constexpr", "fp32")}
-    return ASTSource(kernel, signature, constexprs=constants, attrs=aligned), {"num_warps": tiles.warps}
+    return ASTSource(kernel, signature, constexprs=constants, attrs=aligned), {"num_warps": tiles.warps, "maxnreg": tiles.registers}
 
 
 def compiled(name: str, tiles: Config | None = None) -> triton.compiler.CompiledKernel:

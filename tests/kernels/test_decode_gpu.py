@@ -16,6 +16,8 @@ CASES = [  # G, D, T, dtype
     (7, 128, 3, torch.bfloat16),
     (8, 256, 1, torch.bfloat16),
     (8, 128, 4, torch.bfloat16),
+    (4, 128, 3, torch.bfloat16),
+    (8, 128, 2, torch.float16),
     (4, 128, 1, torch.float16),
     (7, 64, 3, torch.float16),
     (4, 96, 1, torch.float32),
@@ -71,6 +73,49 @@ def test_codes_of_every_precision(kept, two_part):
     layout = [[[Segment(length, kept, kept)] for length in (1, 63, 64, 65, 1000, 4097)]]
     cache = random_cache(layout, [5], 128, 128, torch.bfloat16, device="cuda", num_programs=100)
     check(cache, 4, 1, 128, torch.bfloat16, two_part_query=two_part)
+
+
+@pytest.mark.parametrize(("group", "new"), [(1, 1), (7, 1), (8, 2)])
+def test_warps_apart_at_every_length(group, new):
+    """Whole tiles of 128 tokens, one token more and less, and splits of every kind, with own bases and both means."""
+    layout = [[[Segment(length, Coded(0, 0, 48, own_basis=True), Coded(0, 24, 64))] for length in (*range(126, 131), 512, 1300, 5000)]]
+    for programs in (1, 300):
+        cache = random_cache(layout, [40], 128, 128, torch.bfloat16, device="cuda", num_programs=programs)
+        plan = cache.view.splits
+        widths = decode.Widths.of(plan.key_widths, plan.value_widths, plan.pairs)
+        assert decode.config(widths, 128, 2, 16 if group * new > 8 else 8).apart
+        check(cache, group, new, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("kept", [None, Coded(32), Coded(0, 0, 32)], ids=str)
+def test_append(kept, new):
+    """The kernel writes the newest tokens to the window itself, the same in a CUDA graph, and gives the same result as copies."""
+    layout = [[[Segment(1000, kept, kept)] for _ in range(2)] for _ in range(3)]
+    cache = random_cache(layout, [300, 65, new], 128, 300, torch.bfloat16, device="cuda", num_programs=50)
+    view = cache.view
+    q = torch.randn(3, 8, new, 128, device="cuda").bfloat16()
+    expected = decode.decode_attention(q, view, 0.1)
+    windows = view.window_keys, view.window_values
+    whole = [window.clone() for window in windows]
+    newest = [torch.stack([w[b, :, n - new : n] for b, n in enumerate(view.window_lengths.tolist())]) for w in windows]
+
+    def spoil():
+        for window in windows:
+            for b, n in enumerate(view.window_lengths.tolist()):
+                window[b, :, n - new : n] = float("nan")
+
+    spoil()
+    assert torch.equal(decode.decode_attention(q, view, 0.1, new=tuple(newest)), expected)
+    assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(windows, whole, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode.decode_attention(q, view, 0.1, new=tuple(newest))
+    for _ in range(3):
+        spoil()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -76,9 +76,31 @@ def test_assembly_of_nibbles(name, dtype):
         assert numbers == [(x & 15) - 8 for x in packed] + [(x >> 4) - 8 for x in packed]
 
 
-def execute(text, argument, dtype):
-    """The PTX instructions mov, and, shr, prmt and fma on 32-bit registers."""
-    registers = {"$4": argument}
+@pytest.mark.parametrize("name", ["C_KEYS_4", "C_VALUES_4", "C_KEYS_8", "C_VALUES_8"])
+def test_assembly_of_codes_to_fp16(name):
+    """As above: every byte, at every place of a register. Keys are four bytes in a row; Values two tokens' pairs of bytes."""
+    from rotatek_compile.kernels import decode_widen
+
+    text, outputs = getattr(decode_widen, name).value, 4 if name.endswith("4") else 2
+    for first in range(256):
+        packed = [first, 255 - first, first * 7 % 256, first ^ 0x5A]
+        registers = execute(text, int.from_bytes(bytes(packed), "little"), torch.float16, f"${outputs}")
+        words = [registers[f"${i}"].to_bytes(4, "little") for i in range(outputs)]
+        found = [torch.frombuffer(bytearray(word), dtype=torch.float16).tolist() for word in words]
+        signed = [x - 256 * (x > 127) for x in packed]
+        low, high = [(x & 15) - 8 for x in packed], [(x >> 4) - 8 for x in packed]
+        expected = {
+            "C_KEYS_4": [low[:2], low[2:], high[:2], high[2:]],
+            "C_VALUES_4": [low[::2], high[::2], low[1::2], high[1::2]],
+            "C_KEYS_8": [signed[:2], signed[2:]],
+            "C_VALUES_8": [signed[::2], signed[1::2]],
+        }
+        assert found == expected[name]
+
+
+def execute(text, argument, dtype, source="$4"):
+    """The PTX instructions mov, and, xor, shr, prmt, lop3 and fma on 32-bit registers."""
+    registers = {source: argument}
 
     def value(name):
         return int(name, 0) if name[0].isdigit() else registers[name]
@@ -97,6 +119,13 @@ def execute(text, argument, dtype):
             result = a
         elif kind == "and":
             result = a & more[0]
+        elif kind == "xor":
+            result = a ^ more[0]
+        elif kind == "lop3":
+            results = [more[2] >> i & 1 for i in range(8)]  # of the bits a, b, c, a first
+            places = range(32)
+            bits = [results[(a >> i & 1) * 4 + (more[0] >> i & 1) * 2 + (more[1] >> i & 1)] for i in places]
+            result = sum(bit << i for i, bit in zip(places, bits, strict=True))
         elif kind == "shr":
             result = a >> more[0]
         elif kind == "prmt":

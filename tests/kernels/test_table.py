@@ -59,16 +59,31 @@ def test_every_token_once():
     assert len(covered[0, coded, 0]) > 10
 
 
-def test_splits_are_balanced_by_bytes():
-    """Heads whose tokens take 192 and 24 bytes are cut so that their splits read nearly the same number of bytes."""
-    found = plan(
-        [[[entry(32768, key, value)] for key, value in [(Slabs(0, 64), Slabs(64)), (Slabs(0, 0, 16), Slabs(0, 16))] * 2]], num_programs=96
-    )
-    per_token = torch.tensor([192, 24] * 2)[found.records[:, table.ROW]]
+def test_splits_of_numbers_are_balanced_by_bytes():
+    """Heads whose tokens take 384 and 288 bytes are cut so that their splits read nearly the same number of bytes."""
+    found = plan([[[entry(32768, key, RAW)] for key in (Slabs(64), Slabs(16)) * 2]], num_programs=96)
+    per_token = torch.tensor([384, 288] * 2)[found.records[:, table.ROW]]
     bytes_read = found.records[:, table.COUNT] * per_token
     assert 90 <= found.num_splits <= 104
     assert bytes_read.double().quantile(0.9) / bytes_read.double().median() < 1.15
     assert bool((bytes_read.diff() <= 0).all())
+
+
+def test_splits_of_few_codes_are_balanced_by_instructions():
+    """Tokens of 24 and of 72 bytes go through the same tiles in the same time, so their splits have as many tokens; 8-bit ones of 192
+    bytes are read for longer than they are worked on."""
+    narrow, wide = (Slabs(0, 0, 16), Slabs(0, 0, 32)), (Slabs(0, 0, 48), Slabs(0, 0, 96))
+    found = plan([[[entry(16384, *narrow)], [entry(16384, *wide)]]], num_programs=32)
+    assert found.ranges.tolist() == [0, 16, 32] and set(found.records[:, table.COUNT].tolist()) == {1024}
+    eight = plan([[[entry(16384, Slabs(0, 64), Slabs(0, 128))], [entry(16384, RAW, RAW)]]], num_programs=44)  # 192 and 512 bytes
+    assert eight.ranges.diff().tolist() == [12, 32]
+
+
+def test_programs_follow_what_is_stored():
+    """Fewer splits of codes, which have more to do before and after; more once the rows alone fill the GPU."""
+    native, coded = torch.tensor([[[entry(9, Slabs(8), RAW)]]]), torch.tensor([[[entry(9, Slabs(8), Slabs(8, 0, 16))]]])
+    assert [table.programs_for(x, 132) for x in (native, coded)] == [396, 264]
+    assert table.programs_for(coded.expand(17, 8, -1, -1), 132) == 1056
 
 
 def test_widths_and_pairs():
