@@ -12,6 +12,8 @@ worth more than an exact zero (uniform quantisers of even size, Max 1960).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from .slabs import Slabs
 MIDDLE = 7.5  # of the 4-bit levels
 TOP = {8: 127.0, 4: MIDDLE}  # largest level
 CLIPS = {8: (0.55, 0.7, 0.85, 1.0), 4: (0.15, 0.2, 0.26, 0.33, 0.4, 0.47, 0.55, 0.63, 0.72, 0.81, 0.9, 1.0)}  # shares of the maximum tried
-SAMPLE = 1024  # tokens whose error decides where to clip
+SAMPLE = 512  # tokens whose error decides where to clip
 ALIGN = 2  # tokens are padded to a multiple
 
 
@@ -29,17 +31,31 @@ def clipped_scales(z: Tensor, bits: int) -> Tensor:
 
     The maximum is taken over all tokens, the error over at most `SAMPLE` of them, evenly spread. A direction that is zero has scale 0.
     """
-    top = z.abs().amax(-2)  # [..., R]
-    some = sample(z)
-    clips = torch.tensor(CLIPS[bits], device=z.device).view(-1, *(1,) * top.dim())
-    tried = (clips * (top / TOP[bits])).bfloat16()  # [C, ..., R]
-    errors = (rounded(some, tried.float().unsqueeze(-2), bits) - some).square().sum(-2)
-    return tried.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
+    return scales_and_errors(z, bits)[0]
+
+
+def scales_and_errors(z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`clipped_scales`, and the mean squared error per token of codes with them, over the sampled tokens: fp32 [..., R]."""
+    top, some = torch.linalg.vector_norm(z, ord=torch.inf, dim=-2), sample(z)
+    tried = (_clips(bits, z.device).view(-1, *(1,) * top.dim()) * (top / TOP[bits])).bfloat16()  # [C, ..., R]
+    errors = (rounded(some, tried.float().unsqueeze(-2), bits) - some).square().mean(-2)
+    least = errors.min(0)
+    return tried.gather(0, least.indices.unsqueeze(0)).squeeze(0), least.values
+
+
+@lru_cache(maxsize=64)
+def _clips(bits: int, device: torch.device) -> Tensor:
+    return torch.tensor(CLIPS[bits], device=device)  # a copy to a GPU waits for all that the GPU has to do, so only once
 
 
 def sample(z: Tensor) -> Tensor:
     """At most `SAMPLE` tokens of z [..., S, R], evenly spread."""
-    return z[..., :: max(1, -(-z.shape[-2] // SAMPLE)), :]
+    return z[..., :: sample_step(z.shape[-2]), :]
+
+
+def sample_step(tokens: int) -> int:
+    """Every how many of these tokens one is sampled."""
+    return max(1, -(-tokens // SAMPLE))
 
 
 def levels(z: Tensor, scale: Tensor, bits: int) -> Tensor:

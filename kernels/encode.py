@@ -1,10 +1,11 @@
-"""Coding all heads of one side of a segment at once: with Triton on a GPU, with `codes.pack` elsewhere, to the same bits."""
+"""Coding all heads of sides of segments at once: with Triton on a GPU, with `codes.pack` elsewhere, to the same bits."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,49 +14,80 @@ from torch import Tensor
 from .codes import pack, padded
 from .slabs import Slabs
 
-BLOCK_N = 32
+BLOCK_N, BLOCK_D = 64, 16
 
 
-def pack_heads(z: Tensor, raw: Tensor, scales: Tensor, slabs: Sequence[Slabs], dtype: torch.dtype) -> list[Tensor]:
-    """The codes of every head, flat uint8, laid out by `codes.pack`.
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """One side of a segment that is to be laid out. H heads.
+
+    z: directions fp32 [H, S, D], contiguous, of which a head uses its first ones. raw: [H, S, D], what a head stores whose slabs are all D
+    native. scales: bf16 [H, D], contiguous. slabs: per head.
+    """
+
+    z: Tensor
+    raw: Tensor
+    scales: Tensor
+    slabs: tuple[Slabs, ...]
+
+
+def pack_heads(jobs: Sequence[Packing], dtype: torch.dtype) -> list[list[Tensor]]:
+    """For every job the codes of every head, flat uint8, laid out by `codes.pack`; all jobs of one H, D and device.
 
     Args:
-        z: directions fp32 [H, S, D], of which a head uses its first ones.
-        raw: [H, S, D], what a head stores whose slabs are all D native.
-        scales: bf16 [H, D].
         dtype: of native numbers.
     """
-    if z.is_cuda and importlib.util.find_spec("triton") is not None:
-        return pack_heads_triton(z, raw, scales, slabs, dtype)
-    codes = []
-    for h, one in enumerate(slabs):
-        source = raw[h].float() if one.native == z.shape[-1] else z[h, :, : one.rank]
-        codes.append(pack(source, scales[h, one.native : one.rank], one, dtype))
-    return codes
+    if jobs and jobs[0].z.is_cuda and has_triton():
+        return pack_heads_triton(jobs, dtype)
+    return [[_pack_head(job, h, dtype) for h in range(len(job.slabs))] for job in jobs]
 
 
-def pack_heads_triton(z: Tensor, raw: Tensor, scales: Tensor, slabs: Sequence[Slabs], dtype: torch.dtype) -> list[Tensor]:
-    """As `pack_heads`, in one launch; the heads' codes are views of one tensor."""
+def _pack_head(job: Packing, h: int, dtype: torch.dtype) -> Tensor:
+    one = job.slabs[h]
+    source = job.raw[h].float() if one.native == job.z.shape[-1] else job.z[h, :, : one.rank]
+    return pack(source, job.scales[h, one.native : one.rank], one, dtype)
+
+
+def pack_heads_triton(jobs: Sequence[Packing], dtype: torch.dtype) -> list[list[Tensor]]:
+    """As `pack_heads`, in one launch; all codes are views of one tensor."""
     from .encode_kernels import pack_kernel
 
-    heads, length, dim = z.shape
-    rows, widths = padded(length), [one.bytes_per_token(dtype.itemsize) for one in slabs]
-    out = torch.empty(rows * sum(widths), dtype=torch.uint8, device=z.device)
+    first, (heads, _, dim), device = jobs[0], jobs[0].z.shape, jobs[0].z.device
+    raws = [job.raw.to(dtype) if job.raw.stride(2) == 1 else job.raw.to(dtype).contiguous() for job in jobs]
+    table, sizes = [], []
+    for job, raw in zip(jobs, raws, strict=True):
+        assert job.z.is_contiguous() and job.scales.is_contiguous()
+        length = job.z.shape[1]
+        places = [between(job.z, first.z), between(raw, raws[0]), *raw.stride()[:2], between(job.scales, first.scales)]
+        row, before = [*places, sum(sizes), length, padded(length)], 0
+        for one in job.slabs:
+            row += [*one, before, int(one.native == dim)]
+            before += one.bytes_per_token(dtype.itemsize)
+            sizes.append(padded(length) * one.bytes_per_token(dtype.itemsize))
+        table.append(row)
+    out = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     if out.numel():
-        with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
-            pack_kernel[(heads, -(-rows // BLOCK_N))](
-                z.contiguous(), raw.to(dtype).contiguous(), scales.contiguous(), _plan(tuple(slabs), dim, dtype.itemsize, z.device),
-                out, out.view(dtype), length, rows,
-                D=dim, DP=1 << (dim - 1).bit_length(), ITEMSIZE=dtype.itemsize, BLOCK_N=BLOCK_N,
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            pack_kernel[(len(jobs) * heads, -(-max(row[7] for row in table) // BLOCK_N))](
+                first.z, raws[0], first.scales, upload(table, device), out, out.view(dtype), heads, len(table[0]),
+                D=dim, ITEMSIZE=dtype.itemsize, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
             )  # fmt: skip
-    return list(out.split([rows * width for width in widths]))
+    codes = out.split(sizes)
+    return [list(codes[n * heads : (n + 1) * heads]) for n in range(len(jobs))]
 
 
-@lru_cache(maxsize=4096)
-def _plan(slabs: tuple[Slabs, ...], dim: int, itemsize: int, device: torch.device) -> Tensor:
-    """What `pack_kernel` reads about its heads; copied to the device once per plan."""
-    before, rows = 0, []
-    for one in slabs:
-        rows.append([*one, before, int(one.native == dim)])
-        before += one.bytes_per_token(itemsize)
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+def between(tensor: Tensor, origin: Tensor) -> int:
+    """How many numbers lie between the beginnings of two tensors of one dtype."""
+    return (tensor.data_ptr() - origin.data_ptr()) // tensor.element_size()
+
+
+def upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """A table int64 on the device; the host does not wait for the copy."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None

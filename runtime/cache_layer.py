@@ -5,8 +5,9 @@ Data flow of one layer in one forward call:
     attention module --k, v--> RotateKLayer.update() --Handle--> rotatek_attention() --> Handle.attend(q) --> Handle.commit(q)
 
 `update` alone sees neither queries nor token kinds, so nothing is coded there. `attend` gives the attention output (exact for
-tokens that arrive together, from the compact cache for all others), then `commit` codes what is complete and frees the raw
-Keys and Values: at most one layer is alive at full width.
+tokens that arrive together, from the compact cache for all others), then `commit` begins to code what is complete. What that needs to
+know from the device is there when the next layer commits; then the codes are written and the raw Keys and Values freed: at most two
+layers are alive at full width. Whoever reads `store` finds everything settled.
 """
 
 from __future__ import annotations
@@ -19,15 +20,14 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import RotateKError
-from ..kernels.table import BLOCK, Kind
+from ..kernels.table import BLOCK
 from .backends import Backend
 from .coder import Coder, real_queries
-from .encode import Observed, Rules, as_published, choose, write
 from .handle import Handle
 from .media import CallState
 from .prepared import PreparedArtifact, PreparedLayer
-from .residual import only, without, worst_tokens
-from .segments import Step
+from .segment_coder import SegmentCoder
+from .segments import Step, columns
 from .spans import CodedSpans, SpansBackend
 from .store import Store
 from .text_blocks import TextBlocks
@@ -50,7 +50,7 @@ class RotateKLayer(CacheLayerMixin):
         self.real = np.zeros(0, dtype=np.int64)  # [B] tokens of each row, padding left out
         self.tail = 0  # newest columns that are text in every row: those a caller may crop while they are raw
         self.held_queries: dict[int, Tensor] = {}  # row -> newest queries [Hkv, G, T, D] of the calls that brought what it holds
-        self.store: Store = None  # type: ignore[assignment]
+        self.segments: SegmentCoder = None  # type: ignore[assignment]
         self.spans: CodedSpans | None = None  # image segments of a rival method
         self.blocks: TextBlocks | None = None  # text that left the window, where it is coded
         self.prepared: PreparedLayer = None  # type: ignore[assignment]
@@ -67,14 +67,28 @@ class RotateKLayer(CacheLayerMixin):
                 f"layer {self.index} has {heads} KV heads of {dim} (Values {value_states.shape[-1]}), the artifact was compiled for "
                 f"{expected.kv_heads} of {expected.head_dim}; compile an artifact for this model"
             )
-        self.store = Store(batch, heads, dim, key_states.dtype, key_states.device, self.prepared)
+        self.segments = SegmentCoder(Store(batch, heads, dim, key_states.dtype, key_states.device, self.prepared), self.prepared)
         self.real = np.zeros(batch, dtype=np.int64)
         if "text" in self.prepared.kinds:
-            self.blocks = TextBlocks(self.store, self.prepared.kinds["text"], self._rules(own_parts=True))
+            self.blocks = TextBlocks(self.store, self.prepared.kinds["text"], self.segments.rules(own_parts=True))
         if self.coder is not None:
             self.spans = CodedSpans(batch)
             self.backend = SpansBackend(self.spans)
         self.is_initialized = True
+
+    @property
+    def store(self) -> Store:
+        """What is stored, nothing pending; None before the first call."""
+        if self.segments is not None:
+            self.settle()
+            return self.segments.store
+        return None  # type: ignore[return-value]
+
+    def settle(self) -> None:
+        """Store the segments that were begun."""
+        if self.segments.begun:
+            self.segments.settle()
+            self.segments.store.flush()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, Handle]:  # type: ignore[override]
         if not self.is_initialized:
@@ -109,28 +123,29 @@ class RotateKLayer(CacheLayerMixin):
             left = self._commit_text(row, query[row], keys[row], values[row], step)
             # the window may also hold text from before what has left, which is not the newest
             tail = tail if left is None else min(tail, left)
-        self.store.flush()
         self.tail = tail
+        if self.segments.begun:
+            self.segments.look()
+            self.state.later(self)
+        else:
+            self.segments.store.flush()
 
     def _commit_media(self, row: int, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
         """Code the images and clips of a row that are complete, hold the last one raw if it is not (DESIGN.md §6)."""
-        media = step.media(row)
-        for number, columns in enumerate(media):
-            index = torch.from_numpy(columns).to(keys.device)
-            contiguous = len(columns) == columns[-1] - columns[0] + 1
-            place = slice(int(columns[0]), int(columns[-1]) + 1)
-            own_keys, own_values = (side[:, place] if contiguous else side.index_select(1, index) for side in (keys, values))
+        store, media = self.segments.store, step.media(row)
+        for number, runs in enumerate(media):
+            own_keys, own_values = columns(keys, runs), columns(values, runs)
             if row in step.unfinished and number == len(media) - 1:
-                self.store.hold(row, own_keys, own_values)
+                store.hold(row, own_keys, own_values)
                 self._hold_queries(row, query, step)
             else:
                 queries = self._queries(row, query, step)
-                if number == 0 and self.store.held[row]:
+                if number == 0 and store.held[row]:
                     if row in self.held_queries and queries is not None:
                         queries = torch.cat([self.held_queries.pop(row), queries], 2)
-                    held_keys, held_values = self.store.take_held(row)
+                    held_keys, held_values = store.take_held(row)
                     own_keys, own_values = torch.cat([held_keys, own_keys], 1), torch.cat([held_values, own_values], 1)
-                self._code(row, "visual", own_keys, own_values, queries)
+                self._begin(row, "visual", own_keys, own_values, queries)
 
     def _commit_text(self, row: int, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> int | None:
         """Text goes to the window; what is older than the window leaves it at once, in whole blocks.
@@ -138,21 +153,20 @@ class RotateKLayer(CacheLayerMixin):
         Returns:
             how many of the call's text tokens are in the window if some left it, else None.
         """
-        method = self.prepared.method
-        columns = torch.from_numpy(step.text_columns(row)).to(keys.device)
-        if not columns.numel():
+        method, store = self.prepared.method, self.segments.store
+        text_keys, text_values = columns(keys, step.text(row)), columns(values, step.text(row))
+        if not (length := text_keys.shape[1]):
             return None
-        text_keys, text_values = keys.index_select(1, columns), values.index_select(1, columns)
-        old, left = columns.numel() - method.window, None
+        old, left = length - method.window, None
         if old >= BLOCK:
             old -= old % BLOCK
-            left = columns.numel() - old
+            left = length - old
             if method.span == "all":
-                self._code(row, "text", text_keys[:, :old], text_values[:, :old], self._queries(row, query, step))
+                self._begin(row, "text", text_keys[:, :old], text_values[:, :old], self._queries(row, query, step))
             else:
-                self.store.add_dense(row, text_keys[:, :old], text_values[:, :old])
+                store.add_dense(row, text_keys[:, :old], text_values[:, :old])
             text_keys, text_values = text_keys[:, old:], text_values[:, old:]
-        self.store.window.append_row(row, text_keys, text_values)
+        store.window.append_row(row, text_keys, text_values)
         return left
 
     def _queries(self, row: int, query: Tensor, step: Step) -> Tensor | None:
@@ -181,41 +195,23 @@ class RotateKLayer(CacheLayerMixin):
                 elif self.spans is not None:
                     self.spans.add(row, self.spans.rows[owner][-1])
             else:
-                done[key] = row, self._code(row, "visual", *self.store.take_held(row), self.held_queries.get(row))
+                done[key] = row, self._code(row, *self.store.take_held(row), self.held_queries.get(row))
             self.held_queries.pop(row, None)
         if done:
             self.store.flush()
 
-    def _code(self, row: int, kind: str, keys: Tensor, values: Tensor, queries: Tensor | None) -> int | None:
-        """Code one segment [Hkv, S, D] of a row; its place in the store's table, None for a rival's."""
-        prepared, method = self.prepared, self.prepared.method
+    def _begin(self, row: int, kind: str, keys: Tensor, values: Tensor, queries: Tensor | None) -> None:
+        """Code one segment [Hkv, S, D] of a row; ours are settled later."""
         if self.spans is not None and self.coder is not None:
             assert queries is not None
             self.spans.add(row, self.coder.code(self.index, keys, values, queries))
-            return None
-        basis, sides = prepared.kinds[kind], [keys, values]
-        rules = self._rules(self.store.own_parts(row, keys.shape[1]))
-        if (escaping := int(keys.shape[1] * method.escape_ratio)) and rules.own_parts:
-            tokens = worst_tokens(sides, basis.sides, escaping)
-            self.store.add_dense(row, only(keys, tokens), only(values, tokens), Kind.CODED)
-            sides = [without(x, tokens) for x in sides]
-        given = [None, None] if rules.own_parts else self.store.given(row, kind, [side.slabs for side in basis.sides])
-        seen = [Observed(x, side, rules, like) for x, side, like in zip(sides, basis.sides, given, strict=True)]
-        where = choose(seen)
-        coded = [one.coded(at, self.store.dtype) for one, at in zip(seen, where, strict=True)]
-        if method.basis == "paper":
-            assert queries is not None
-            where[0] = as_published(sides[0], queries.float(), basis.key)
-            coded[0] = write(sides[0], where[0], self.store.dtype)
-        self.store.monitor.see(row, where, keys.shape[1])
-        placed = [(self.store.place(at, side, scales), codes) for at, side, (codes, scales) in zip(where, basis.sides, coded, strict=True)]
-        if method.kv_budget is not None:
-            self.store.first.setdefault((row, kind), [fields for fields, _ in placed])
-        return self.store.add_coded(row, sides[0].shape[1], placed)
+        else:
+            self.segments.begin(row, kind, keys, values, queries)
 
-    def _rules(self, own_parts: bool) -> Rules:
-        method = self.prepared.method
-        return Rules(method.prior_tokens, method.fallback_factor, own_parts, same_bytes=method.kv_budget is not None)
+    def _code(self, row: int, keys: Tensor, values: Tensor, queries: Tensor | None) -> int | None:
+        """Code an image [Hkv, S, D] of a row at once; its place in the store's table, None for a rival's."""
+        self._begin(row, "visual", keys, values, queries)
+        return next(iter(self.segments.settle()), None)
 
     def _retire(self) -> None:
         """Move the oldest text out of windows that are a block over their size; the newest `window` tokens always stay raw.
@@ -304,7 +300,7 @@ class RotateKLayer(CacheLayerMixin):
         self.held_queries = {}
         if self.spans is not None:
             self.spans.select_rows(())  # the backend knows them too, until the next call makes another
-        self.store, self.spans, self.blocks = None, None, None  # type: ignore[assignment]
+        self.segments, self.spans, self.blocks = None, None, None  # type: ignore[assignment]
 
     def offload(self) -> None:
         raise RotateKError("cache offloading is not supported by the compressed cache; turn offloading off")

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .segments import Run
+from .segments import Run, columns
 
 NATIVE_BYTES = 2  # native numbers are compared at 2 bytes, whatever the compute dtype (DESIGN.md §3)
 
@@ -81,8 +81,7 @@ def real_queries(query: Tensor, kv_heads: int, runs: Sequence[Run]) -> Tensor:
     start, end = runs[0].start, runs[-1].end
     if sum(run.length for run in runs) == end - start:  # no padding in between, so no copy
         return query[:, start:end].unflatten(0, (kv_heads, -1))
-    columns = torch.cat([torch.arange(run.start, run.end) for run in runs]).to(query.device)
-    return query.index_select(1, columns).unflatten(0, (kv_heads, -1))
+    return columns(query, runs).unflatten(0, (kv_heads, -1))
 
 
 def padded(rebuilt: list[tuple[Tensor, Tensor]], longest: int) -> tuple[Tensor, Tensor]:

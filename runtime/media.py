@@ -7,7 +7,7 @@ complete one. The model's own encoders do: `get_image_features` and `get_video_f
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -40,6 +40,13 @@ def lengths_of(encoded: Any) -> dict[int, list[int]]:
     return {kind: lengths for kind, lengths in found.items() if lengths}
 
 
+class Unsettled(Protocol):
+    """A cache layer that has begun to code segments."""
+
+    def settle(self) -> None:
+        """Decide about them and store them; nothing to do if that was done before."""
+
+
 class CallState:
     """What the forward call under way consists of, shared by all layers of one cache.
 
@@ -56,6 +63,7 @@ class CallState:
         self._coming: dict[int, list[int]] = {}  # tokens still to come of images and clips that arrive in chunks, the first ones first
         self._open: dict[int, int] = {}  # row -> kind of the medium it is in the middle of
         self._started: set[int] = set()  # kinds whose first entry of `_coming` has begun
+        self._unsettled: list[Unsettled] = []
 
     def expect(self, lengths: dict[int, list[int]], chunked: bool) -> None:
         """A prompt will arrive, in chunks or not, with media of these lengths; those of a chunk's own encoder output are pieces then."""
@@ -71,8 +79,21 @@ class CallState:
         """An encoder ran inside the call."""
         self._lengths[kind] = lengths
 
+    def later(self, layer: Unsettled) -> None:
+        """A layer has begun to code this call's segments. It settles once the next layer has begun, so that no device has to wait."""
+        waiting, self._unsettled = self._unsettled, [layer]
+        for other in waiting:
+            other.settle()
+
+    def settle(self) -> None:
+        """Settle what is left, the last layer as a rule."""
+        waiting, self._unsettled = self._unsettled, []
+        for layer in waiting:
+            layer.settle()
+
     def end(self) -> None:
         """The call is over."""
+        self.settle()
         self._shape = self._kinds = self.step = None
         self._lengths = {}
 

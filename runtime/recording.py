@@ -103,6 +103,7 @@ def fill(cache: RotateKCache, recording: Recording) -> RotateKCache:
                 handle.commit(recorded.query)
             else:
                 cache.layers[index] = copy.deepcopy(recorded)
+        cache.state.settle()
     finally:
         cache.state.step = None
     return cache

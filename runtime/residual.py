@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.codes import rounded
-from .encode import Coordinates, Observed, Rules
+from .encode import Coordinates, as_planned
+from .observed import Rules, observe
 from .prepared import SideBasis
-from .scales import merged_scales
 
 
 def token_errors(x: Tensor, where: Coordinates, scales: Tensor, basis: SideBasis) -> Tensor:
@@ -45,18 +45,23 @@ def worst_tokens(sides: Sequence[Tensor], bases: Sequence[SideBasis], count: int
     """
     total = sides[0].new_zeros(sides[0].shape[:2], dtype=torch.float32)
     for x, basis in zip(sides, bases, strict=True):
-        seen = Observed(x, basis, Rules(prior_tokens=0, factor=0))
-        scales = merged_scales(seen.scales, basis.slabs) if seen.bits else basis.balance
+        seen = observe([(x, basis)], Rules(prior_tokens=0, factor=0))[0]
         expected = torch.tensor(basis.expected, device=x.device, dtype=torch.float32).clamp_min(1e-30)
-        total += token_errors(x, seen.as_planned(), scales, basis) / expected.unsqueeze(1)
+        total += token_errors(x, as_planned(seen), seen.measured.scales, basis) / expected.unsqueeze(1)
     return total.topk(count, dim=1).indices.sort(dim=1).values
+
+
+def energies(x: Tensor, basis: SideBasis) -> Tensor:
+    """Of each direction per token about the segment's own mean, in whitened coordinates: x [H, S, D] -> fp32 [H, D]."""
+    z = (x - x.mean(1, keepdim=True, dtype=torch.float32)) @ basis.encode
+    return (torch.linalg.vector_norm(z, dim=1) / basis.balance).square() / x.shape[1]
 
 
 def without(x: Tensor, tokens: Tensor) -> Tensor:
     """x [H, S, D] without the tokens [H, E] of each head: [H, S - E, D]."""
-    heads, length, dim = x.shape
-    kept = torch.ones(heads, length, dtype=torch.bool, device=x.device).scatter(1, tokens, False)
-    return x[kept].view(heads, length - tokens.shape[1], dim)
+    gone = torch.zeros(x.shape[:2], dtype=torch.uint8, device=x.device).scatter(1, tokens, 1)
+    kept = gone.argsort(dim=1, stable=True)[:, : x.shape[1] - tokens.shape[1]]  # in order; a mask would have to be counted on the host
+    return only(x, kept)
 
 
 def only(x: Tensor, tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,9 +28,14 @@ def merged_scales(by_bits: dict[int, Tensor], slabs: Sequence[Slabs]) -> Tensor:
     first = next(iter(by_bits.values()))
     if len(by_bits) == 1:
         return first
-    ends = torch.tensor([one.native + one.byte for one in slabs]).to(first.device, non_blocking=True)
-    in_bytes = torch.arange(first.shape[-1], device=first.device) < ends[:, None]
-    return torch.where(in_bytes, by_bits[8], by_bits[4])
+    return torch.where(_in_bytes(tuple(slabs), first.shape[-1], first.device), by_bits[8], by_bits[4])
+
+
+@lru_cache(maxsize=1024)
+def _in_bytes(slabs: tuple[Slabs, ...], dim: int, device: torch.device) -> Tensor:
+    """Which directions [H, D] lie before the end of the 8-bit slab; kept, because a copy to a GPU waits for all it has to do."""
+    ends = torch.tensor([one.native + one.byte for one in slabs])
+    return (torch.arange(dim) < ends[:, None]).to(device)
 
 
 def used_bits(slabs: Sequence[Slabs]) -> set[int]:

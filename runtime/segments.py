@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,25 +55,30 @@ class Step:
         ends = [row[-1] if row else Run(0, 0, PAD) for row in self.rows]
         return min(run.length if run.kind == TEXT and run.end == self.length else 0 for run in ends)
 
-    def text_columns(self, row: int) -> np.ndarray:
-        """Columns of this row's text tokens, in order."""
-        return _columns([run for run in self.rows[row] if run.kind == TEXT])
+    def text(self, row: int) -> list[Run]:
+        """Runs of text of this row, in order."""
+        return [run for run in self.rows[row] if run.kind == TEXT]
 
-    def media(self, row: int) -> list[np.ndarray]:
-        """Columns of each image or clip of this row, in order."""
-        runs: dict[int, list[Run]] = {}
+    def media(self, row: int) -> list[list[Run]]:
+        """The runs of each image or clip of this row, in order."""
+        found: dict[int, list[Run]] = {}
         for run in self.rows[row]:
             if run.kind > TEXT:
-                runs.setdefault(run.medium, []).append(run)
-        return [_columns(parts) for parts in runs.values()]
+                found.setdefault(run.medium, []).append(run)
+        return list(found.values())
 
     def tokens(self, row: int) -> int:
         """Real tokens of this row."""
         return sum(run.length for run in self.rows[row])
 
 
-def _columns(runs: list[Run]) -> np.ndarray:
-    return np.concatenate([np.arange(run.start, run.end) for run in runs]) if runs else np.zeros(0, dtype=np.int64)
+def columns(x: Tensor, runs: Sequence[Run]) -> Tensor:
+    """The columns of these runs, one behind the other: x [H, T, D] -> [H, S, D]; of one run a view.
+
+    Slices, because an index would be copied to the device, which waits for all that the device has to do.
+    """
+    parts = [x[:, run.start : run.end] for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else x[:, :0]
 
 
 def plain_step(batch: int, length: int) -> Step:

@@ -30,9 +30,10 @@ from ..kernels.table import (
     plan_splits,
     programs_for,
 )
-from .encode import Coordinates, Given
+from .encode import Coordinates
 from .merging import compact, merge_text
 from .monitor import Monitor
+from .observed import Given
 from .prepared import PreparedLayer, SideBasis
 from .window import Window
 
@@ -283,7 +284,7 @@ class Store:
                     window_capacity=window.keys.shape[2],
                     head_dim=self.dim,
                     itemsize=self.dtype.itemsize,
-                    num_programs=programs_for(self.batch * self.heads, processors),
+                    num_programs=programs_for(host, processors),
                     device=self.device,
                 )
             self._view = CacheView(

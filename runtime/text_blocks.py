@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.codes import clipped_scales
-from .encode import Coordinates, Observed, Rules, calibrated, choose, write
+from .encode import Coordinates, calibrated, choose, write
+from .observed import Rules, observe
 from .prepared import KindBasis
 from .residual import token_errors
 from .rounding_error import bound
@@ -54,7 +55,7 @@ class TextBlocks:
             if now is None:
                 now = Writing(self.shared)
             else:
-                chosen = choose([Observed(x, side, self.rules) for x, side in zip(exact, self.basis.sides, strict=True)])
+                chosen = choose(observe(list(zip(exact, self.basis.sides, strict=True)), self.rules))
                 now = Writing([_lasting(x, where) for x, where in zip(exact, chosen, strict=True)])
                 self.store.monitor.see(row, now.where, keys.shape[1])
                 self.opened += 1
@@ -111,7 +112,7 @@ class TextBlocks:
         for side, where, sums in zip(self.basis.sides, now.where, now.discarded, strict=True):
             totals = side.spectrum.sum(1).tolist()
             for h, total in enumerate(sums):
-                most = bound(max(where.expected[h], where.error[h]), totals[h], self.rules.factor)
+                most = bound(max(where.expected[h], where.error[h]) * side.usual[h], totals[h], self.rules.factor)
                 if total / now.tokens > most:
                     return True
         return False

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rotatek_compile.kernels.codes import clipped_scales
-from rotatek_compile.kernels.encode import pack_heads, pack_heads_triton
+from rotatek_compile.kernels.encode import Packing, pack_heads, pack_heads_triton
 from rotatek_compile.kernels.slabs import Slabs
 
 HERE = Path(__file__).resolve()
@@ -30,10 +30,19 @@ def example(dim: int, tokens: int, dtype: torch.dtype, device: str = "cpu"):
 
 
 def differing(dim: int, tokens: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes in which the kernel's codes differ from the specification's."""
-    z, raw, scales, slabs = example(dim, tokens, dtype)
-    expected = pack_heads(z, raw, scales, slabs, dtype)
-    got = pack_heads_triton(z.to(device), raw.to(device), scales.to(device), slabs, dtype)
+    """Bytes in which the kernel's codes differ from the specification's: three jobs of different lengths, one with strides."""
+    jobs, moved = [], []
+    for n, length in enumerate((tokens, tokens + 5, 3)):
+        z, raw, scales, slabs = example(dim, length, dtype)
+        order = torch.randperm(len(slabs), generator=torch.Generator().manual_seed(n)).tolist()
+        z, raw, scales, slabs = z[order], raw[order], scales[order], tuple(slabs[h] for h in order)
+        wide = torch.zeros(length + 2, len(slabs), dim, dtype=dtype)
+        wide[1:-1] = raw.transpose(0, 1)
+        jobs.append(Packing(z, raw, scales, slabs))
+        strided = wide.to(device)[1:-1].transpose(0, 1) if n == 1 else raw.to(device)
+        moved.append(Packing(z.to(device), strided, scales.to(device), slabs))
+    expected = [part for codes in pack_heads(jobs, dtype) for part in codes]
+    got = [part for codes in pack_heads_triton(moved, dtype) for part in codes]
     assert [part.numel() for part in got] == [part.numel() for part in expected]
     assert sum(part.numel() for part in got) > 0
     return sum(int((a.cpu() != b).sum()) for a, b in zip(got, expected, strict=True))

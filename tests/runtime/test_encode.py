@@ -9,7 +9,8 @@ import torch
 from rotatek_compile.kernels.codes import unpack
 from rotatek_compile.kernels.slabs import NIBBLE_UNIT, UNIT, Slabs
 from rotatek_compile.plan import HeadPlan
-from rotatek_compile.runtime.encode import Observed, Rules, affordable, calibrated, choose, write
+from rotatek_compile.runtime.encode import calibrated, choose, write
+from rotatek_compile.runtime.observed import Rules, affordable, observe
 from rotatek_compile.runtime.prepared import PreparedArtifact
 from rotatek_compile.runtime.residual import token_errors
 from rotatek_compile.runtime.rounding_error import SLACK
@@ -92,7 +93,7 @@ def test_what_is_written_and_what_it_discards(side_of, slabs, own_parts, heavy):
     basis, whiten = side_of(slabs)
     x = like_calibration(basis, 300, heavy=heavy)
     for prior in (0, 256):
-        where = choose([Observed(x, basis, Rules(prior, 0, own_parts))])[0]
+        where = choose(observe([(x, basis)], Rules(prior, 0, own_parts)))[0]
         assert where.slabs == slabs
         rebuilt, scales = stored(x, where, basis)
         expected = straightforward(x, where, scales, basis, whiten)
@@ -114,10 +115,10 @@ def test_heads_do_not_see_each_other(side_of, slabs):
     """Raw heads beside coded ones, other precisions beside these: a head's codes are what it has among heads like itself."""
     basis, _ = side_of(slabs)
     x = like_calibration(basis, 120, seed=3)
-    codes, scales = write(x, choose([Observed(x, basis, Rules(0, 0))])[0], torch.float32)
+    codes, scales = write(x, choose(observe([(x, basis)], Rules(0, 0)))[0], torch.float32)
     for h, one in enumerate(slabs):
         alone, _ = side_of((one, one))
-        again, others = write(x, choose([Observed(x, alone, Rules(0, 0))])[0], torch.float32)
+        again, others = write(x, choose(observe([(x, alone)], Rules(0, 0)))[0], torch.float32)
         assert torch.equal(codes[h], again[h])
         assert torch.equal(scales[h, one.native : one.rank], others[h, one.native : one.rank])
 
@@ -128,13 +129,13 @@ def test_own_means_and_scales_follow_the_segment(side_of):
     away = like_calibration(basis, 400, seed=5, scale=10.0) + 4.0
     usual = like_calibration(basis, 400, seed=5)
     at_home, own, shared = (
-        choose([Observed(x, basis, Rules(0, 0, parts))])[0] for x, parts in ((usual, True), (away, True), (away, False))
+        choose(observe([(x, basis)], Rules(0, 0, parts)))[0] for x, parts in ((usual, True), (away, True), (away, False))
     )
     for h in range(HEADS):
         assert own.error[h] == pytest.approx(100 * at_home.error[h], rel=0.05)
         assert shared.error[h] > 10 * own.error[h]
     # about normal variables 4 bits lose 1.15 % (Max 1960); a little more with scales from a table of clips
-    energy = float(Observed(usual, basis, Rules(0, 0)).energy[1].sum())
+    energy = float(observe([(usual, basis)], Rules(0, 0))[0].measured.figures[1, :DIM].sum())
     assert 0.008 < at_home.error[1] / energy < 0.02
     assert at_home.error[0] / at_home.error[1] < 0.01
 
@@ -151,7 +152,7 @@ def test_calibrated_coordinates_fit_calibrated_data(side_of):
     found = straightforward(x, where, scales, basis, whiten).mean(1)
     for h in range(HEADS):
         assert 0.8 * basis.expected[h] < found[h] < 1.05 * basis.expected[h]  # normal variables; those of a model have heavier tails
-    own = choose([Observed(x, basis, Rules(0, 0))])[0]
+    own = choose(observe([(x, basis)], Rules(0, 0)))[0]
     assert found[0] < 1.1 * own.error[0]
 
 
@@ -163,7 +164,7 @@ def test_after_a_fallback_the_bound_holds(side_of, scale, own_parts):
     basis, whiten = side_of(slabs)
     factor = 2.0
     x = like_calibration(basis, 500, seed=2, scale=scale)
-    where = choose([Observed(x, basis, Rules(0, factor, own_parts))])[0]
+    where = choose(observe([(x, basis)], Rules(0, factor, own_parts)))[0]
     _, scales = stored(x, where, basis)
     found = straightforward(x, where, scales, basis, whiten).mean(1)
     assert where.fallback == (scale > 1,) * HEADS
@@ -196,7 +197,7 @@ def test_half_precision_is_coded_like_single(side_of):
     slabs = (Slabs(8, 8, 16), Slabs(0, 16))
     basis, _ = side_of(slabs)
     x = like_calibration(basis, 200, seed=6).bfloat16()
-    one, two = (choose([Observed(y, basis, Rules(256, 0))])[0] for y in (x, x.float()))
+    one, two = (choose(observe([(y, basis)], Rules(256, 0)))[0] for y in (x, x.float()))
     assert torch.equal(one.centre, two.centre)
     assert one.slabs == two.slabs
     for a, b in zip(write(x, one, torch.bfloat16)[0], write(x.float(), two, torch.bfloat16)[0], strict=True):

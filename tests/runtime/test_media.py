@@ -174,7 +174,7 @@ def test_chunked_generate_codes_whole_images(model, prompts, make_artifact, gene
 
 
 def media(step, row=0):
-    return [columns.tolist() for columns in step.media(row)]
+    return [[at for run in runs for at in range(run.start, run.end)] for runs in step.media(row)]
 
 
 def call(state, kinds, lengths=None):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rotatek_compile.runtime import segments
-from rotatek_compile.runtime.segments import PAD, TEXT, Run, Step, plain_step, read_kinds, runs_of
+from rotatek_compile.runtime.segments import PAD, TEXT, Run, Step, columns, plain_step, read_kinds, runs_of
 
 IMAGE, VIDEO = 5, 6  # placeholder ids
 
@@ -29,12 +29,17 @@ def video(start, end, medium):
     return Run(start, end, segments.VIDEO, medium)
 
 
+def columns_of(step, row=0):
+    """Columns of the text, and of each image or clip, as `columns` takes them out."""
+    numbered = torch.arange(step.length).expand(2, 1, -1).transpose(1, 2)
+    return [columns(numbered, runs)[1, :, 0].tolist() for runs in (step.text(row), *step.media(row))]
+
+
 def test_runs_of_images_and_text():
     step = read([[9, 5, 5, 8, 5, 7, 7]])
     assert step.rows == ((Run(0, 1, TEXT), image(1, 3, 1), Run(3, 4, TEXT), image(4, 5, 3), Run(5, 7, TEXT)),)
     assert not step.plain_text
-    assert step.text_columns(0).tolist() == [0, 3, 5, 6]
-    assert [columns.tolist() for columns in step.media(0)] == [[1, 2], [4]]
+    assert columns_of(step) == [[0, 3, 5, 6], [1, 2], [4]]
     assert step.text_tail() == 2
     assert (step.batch, step.length, step.tokens(0)) == (1, 7, 7)
 
@@ -55,8 +60,7 @@ def test_only_the_newest_columns_of_the_mask_count():
 def test_a_row_of_padding_only():
     step = read([[9, 9], [9, 9]], [[0, 0], [1, 1]])
     assert step.rows == ((), (Run(0, 2, TEXT),))
-    assert step.text_columns(0).tolist() == []
-    assert step.media(0) == []
+    assert columns_of(step) == [[]]
     assert not step.plain_text
 
 
@@ -105,4 +109,4 @@ def test_media_split_runs_and_join_them():
     kinds, media = np.array([1, 1, 1, 0, 2, 0, 2]), np.array([0, 0, 1, -1, 2, -1, 2])
     step = Step(1, 7, (runs_of(kinds, media),))
     assert step.rows[0] == (image(0, 2, 0), image(2, 3, 1), Run(3, 4, TEXT), video(4, 5, 2), Run(5, 6, TEXT), video(6, 7, 2))
-    assert [columns.tolist() for columns in step.media(0)] == [[0, 1], [2], [4, 6]]
+    assert columns_of(step) == [[3, 5], [0, 1], [2], [4, 6]]

@@ -25,7 +25,8 @@ from rotatek_compile.kernels.table import (
 )
 from rotatek_compile.plan import HeadPlan
 from rotatek_compile.runtime import merging
-from rotatek_compile.runtime.encode import Observed, Rules, calibrated, choose
+from rotatek_compile.runtime.encode import calibrated, choose, write_observed
+from rotatek_compile.runtime.observed import Rules, observe
 from rotatek_compile.runtime.prepared import PreparedArtifact
 from rotatek_compile.runtime.store import Store
 from rotatek_compile.runtime.text_blocks import TextBlocks
@@ -52,9 +53,9 @@ def tokens(length, seed=0):
 def add(store, row, length, seed=0, prior=0, own_parts=True, kind="visual"):
     """One coded segment, as a cache layer codes it; its place and its Keys and Values."""
     sides, exact = store.prepared.kinds[kind].sides, tokens(length, seed)
-    seen = [Observed(x, side, Rules(prior, 0, own_parts)) for x, side in zip(exact, sides, strict=True)]
+    seen = observe(list(zip(exact, sides, strict=True)), Rules(prior, 0, own_parts))
     where = choose(seen)
-    coded = [one.coded(at, store.dtype) for one, at in zip(seen, where, strict=True)]
+    coded = write_observed(seen, where, store.dtype)
     placed = [(store.place(at, side, scales), codes) for at, side, (codes, scales) in zip(where, sides, coded, strict=True)]
     return store.add_coded(row, length, placed), exact
 

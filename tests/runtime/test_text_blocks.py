@@ -9,7 +9,7 @@ from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.kernels.table import BASIS, KEY, LENGTH, NONE, OWN_MEAN, SCALES
 from rotatek_compile.plan import HeadPlan
 from rotatek_compile.runtime.enable import enable
-from rotatek_compile.runtime.encode import Rules
+from rotatek_compile.runtime.observed import Rules
 from rotatek_compile.runtime.prepared import PreparedArtifact
 from rotatek_compile.runtime.rounding_error import bound
 from rotatek_compile.runtime.store import Store
