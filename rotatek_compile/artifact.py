@@ -5,6 +5,11 @@ Tensors of `rotatek.safetensors`, for each compressed layer i and token kind `vi
     layers.{i}.{kind}.key_mean      float32 [Hkv, D]        layers.{i}.{kind}.value_mean      likewise for Values
     layers.{i}.{kind}.key_encode    float16 [Hkv, D, D]     layers.{i}.{kind}.value_encode; float32 where float16 is too coarse
     layers.{i}.{kind}.key_spectrum  float32 [Hkv, D]        layers.{i}.{kind}.value_spectrum
+    layers.{i}.{kind}.key_tail_ratio  float32 [Hkv, D]      energy beyond the first r directions over the calibrated one, the largest of
+                                                            all segments of calibration documents, at least 1; value_tail_ratio
+    layers.{i}.{kind}.key_code_ratio  float32 [Hkv, D]      likewise the error of 4-bit codes of these directions; value_code_ratio
+    layers.{i}.visual.value_angle   float32 [Hkv, 2]        mean and deviation over images of the angle to the leading half of the
+                                                            directions, degrees. These are in artifacts of 8 documents or more (usual.py)
     layers.{i}.key_plan             int32   [Hkv, 3]        the plan: native, 8-bit and 4-bit directions (kernels/slabs.py); value_plan
     layers.{i}.key_sensitivity      float32 [Hkv, levels]   measured KL (nats) when this head's Keys alone are cut to a level;
                                                             value_sensitivity, which plans by keep ratio can do without
@@ -98,7 +103,7 @@ class Artifact:
         return {i: t for i in self.geometry.compressible if (t := self.tensors.get(f"layers.{i}.knockout")) is not None}
 
     def bytes_per_token(self) -> float:
-        """Bytes of one coded token over all compressed layers, native numbers at 2 bytes: codes alone, no per-image parts.
+        """Bytes of one coded token over all compressed layers, native numbers at 2 bytes: codes and escape tokens, no per-image parts.
 
         For a rival a share of an image of `IMAGE_TOKENS` tokens, with everything that must be kept of it.
         """
@@ -108,7 +113,8 @@ class Artifact:
             coder = PreparedArtifact(self).coder
             assert coder is not None
             return sum(coder.bytes_of(IMAGE_TOKENS, i) for i in self.geometry.compressible) / IMAGE_TOKENS
-        return float(sum(head.bytes_per_token for heads in self.plan().values() for head in heads))
+        codes, raw = sum(head.bytes_per_token for heads in self.plan().values() for head in heads), self.method.escape_ratio
+        return (1 - raw) * codes + raw * self.geometry.dense_bytes_per_token()
 
 
 def library_versions() -> dict[str, str]:

@@ -44,7 +44,8 @@ class Method:
     key_bits: str = "native"  # precision of the Keys that are kept: one for all of them, or auto for several
     value_bits: str = "native"  # native Values are raw; another precision means codes in a basis
     prior_tokens: int = 256  # n0 of DESIGN.md §4.6: how many tokens the calibrated covariance is worth
-    fallback_factor: float = 8.0  # a head whose discarded energy exceeds this many times the expected one keeps more; 0 turns it off
+    fallback_factor: float = 8.0  # a head that discards more than this many times what is usual (usual.py) keeps more; 0 turns it off
+    usual_deviation: float | None = None  # images that deviate more from the calibration documents are said to; None: not known
     escape_ratio: float = 0.0  # share of a segment's tokens that stay raw in every head: those its codes would lose most of
     levels: tuple[Slabs, ...] = ()  # at which sensitivities were measured, the same for Keys and Values
     rival: str | None = None  # another method than ours, by its name in runtime/rivals/registry.py
@@ -69,11 +70,13 @@ class Method:
         return f"rival method {self.rival}" + (f", keep ratio {self.keep_ratio}" if self.keep_ratio < 1 else "")
 
     def _own_words(self) -> str:
+        escapes = [f"{self.escape_ratio:.4g} of the tokens raw"] if self.escape_ratio else []
         if self.kv_budget is not None:
             wanted = f" for at most {self.max_kl:g} nats" if self.max_kl is not None else ""
-            return f"basis {self.basis}, {self.allocation} directions and bits, KV budget {self.kv_budget:.4g}{wanted}"
+            spent = f"basis {self.basis}, {self.allocation} directions and bits, KV budget {self.kv_budget:.4g}{wanted}"
+            return ", ".join([spent, *escapes])
         precise = [f"{side} at {bits} bits" for side, bits in (("Keys", self.key_bits), ("Values", self.value_bits)) if bits != "native"]
-        return ", ".join([f"basis {self.basis}", f"{self.allocation} ranks", f"keep ratio {self.keep_ratio}", *precise])
+        return ", ".join([f"basis {self.basis}", f"{self.allocation} ranks", f"keep ratio {self.keep_ratio}", *precise, *escapes])
 
 
 def check_sections(config: dict[str, Any], where: str) -> None:
@@ -198,6 +201,7 @@ def read_method(data: Any, where: str, version: int = FORMAT_VERSION) -> Method:
         "keep_ratio": _number(method.keep_ratio) and 0 <= method.keep_ratio <= 1,
         "prior_tokens": _whole(method.prior_tokens, 0, MAX_TOKENS),
         "fallback_factor": _number(method.fallback_factor) and 0 <= method.fallback_factor <= 1e9,
+        "usual_deviation": method.usual_deviation is None or (_number(method.usual_deviation) and 0 < method.usual_deviation <= 1e9),
         "escape_ratio": _number(method.escape_ratio) and 0 <= method.escape_ratio <= 0.25,
         "rival": method.rival is None or (isinstance(method.rival, str) and len(method.rival) <= MAX_TEXT),
         "text_only": method.text_only is False or (method.text_only is True and method.span == "all" and method.rival is None),

@@ -23,6 +23,7 @@ from .geometry import Geometry
 from .kernels.slabs import UNIT, Slabs, check_slabs
 from .plan import SIDES
 from .untrusted import parse_json, read_file, shown
+from .usual import LARGEST_RATIO
 
 TENSOR_FILE = "rotatek.safetensors"
 MAX_HEADER = 4 << 20  # bytes; 128 layers with every tensor need 250 KB
@@ -47,8 +48,8 @@ class Expected:
         return count
 
 
-OPTIONAL = ("knockout", "value_sensitivity")
-"""What a layer may lack, then in all layers: older artifacts have not measured it."""
+OPTIONAL = ("knockout", "value_sensitivity", "tail_ratio", "code_ratio", "angle")
+"""What a layer may lack, then in all layers: older artifacts have not measured it, nor have those of few documents (usual.py)."""
 
 
 def expected_tensors(
@@ -79,6 +80,9 @@ def expected_tensors(
                 prefix = f"layers.{i}.{kind}.{side}"
                 tensors[f"{prefix}_mean"] = tensors[f"{prefix}_spectrum"] = Expected((heads, dim))
                 tensors[f"{prefix}_encode"] = Expected((heads, dim, dim), "float16")
+                tensors |= {f"{prefix}_{name}": Expected((heads, dim)) for name in ("tail_ratio", "code_ratio") if name in optional}
+                if "angle" in optional and (kind, side) == ("visual", "value"):
+                    tensors[f"{prefix}_angle"] = Expected((heads, 2))
     return tensors
 
 
@@ -96,15 +100,18 @@ def read_tensors(
         ArtifactError: one sentence naming the file, the tensor, the value seen and what to do.
     """
     file = directory / TENSOR_FILE
-    most = sum(tensor.bytes for tensor in expected_tensors(geometry, method).values())
+    everything = expected_tensors(geometry, method)
+    most = sum(tensor.bytes for tensor in everything.values())
     if most > MAX_BYTES:
         raise ArtifactError(f"{directory}: the geometry calls for {most} bytes of tensors, at most {MAX_BYTES} are read; {AGAIN}")
     data = read_file(directory, TENSOR_FILE, 2 * most + MAX_HEADER)
     header = _header(file, data)
     _check_sum(file, data, files)
-    optional = tuple(part for part in OPTIONAL if any(name.endswith(f".{part}") for name in header))
+    optional = tuple(part for part in OPTIONAL if any(name.endswith(part) and name in everything for name in header))
     if method.rival is not None:
         optional = ("knockout",)
+    if method.usual_deviation is not None and "angle" not in optional:
+        raise ArtifactError(f"{file}: usual_deviation is {method.usual_deviation:g}, but no tensor holds the angles it is of; {AGAIN}")
     expected = expected_tensors(geometry, method, optional, version)
     _check_header(file, header, expected)
     tensors = _load(file, data)
@@ -191,6 +198,14 @@ def _check_numbers(file: Path, name: str, tensor: Tensor) -> None:
         raise ArtifactError(f"{file}: tensor {name} holds NaN or infinity; {AGAIN}")
     if name.endswith(("_spectrum", ".knockout")) and bool((tensor < 0).any()):
         raise ArtifactError(f"{file}: tensor {name} has a negative entry ({float(tensor.min()):.3g}); {AGAIN}")
+    if name.endswith("_ratio") and bool(((tensor < 1) | (tensor > LARGEST_RATIO)).any()):
+        worst = float(tensor.min()) if bool((tensor < 1).any()) else float(tensor.max())
+        raise ArtifactError(f"{file}: tensor {name} holds {worst:.3g}, allowed are 1 to {LARGEST_RATIO:g}; {AGAIN}")
+    if name.endswith("_angle"):
+        mean, spread = tensor.double().unbind(-1)
+        if bool(((mean < 0) | (mean > 90)).any()) or bool(((spread <= 0) | (spread > 90)).any()):
+            seen = " and ".join(f"{float(x.min()):.3g} to {float(x.max()):.3g}" for x in (mean, spread))
+            raise ArtifactError(f"{file}: tensor {name} holds {seen}, expected degrees up to 90 and their deviations, above 0; {AGAIN}")
     if name.endswith("_encode"):
         singular = torch.linalg.svdvals(tensor.double())
         largest, smallest = singular[..., 0], singular[..., -1]

@@ -61,6 +61,7 @@ class Evaluator:
         self.model, self.processor, self.ask, self.eos, self.max_new_tokens = model, processor, ask, eos, max_new_tokens
         self.device, self.dtype = input_device(model), model.dtype
         self.pad_id = processor.tokenizer.pad_token_id or 0
+        self.drift_said = False
 
     def dense_cache(self) -> Cache:
         return DynamicCache(config=self.model.config.get_text_config(decoder=True))
@@ -91,6 +92,9 @@ class Evaluator:
         if not isinstance(cache, RotateKCache):
             return self._answer(prefilled, stock_cache(self.model.config, exact))
         fill(cache, exact)
+        if not self.drift_said:  # once for all documents and methods
+            cache.check_drift()
+            self.drift_said = cache.drift_said
         return self._answer(prefilled, cache)
 
     @torch.inference_mode()
@@ -111,23 +115,29 @@ class Evaluator:
 
     def _answer(self, prefilled: Prefilled, cache: Cache) -> Answered:
         items, prefix, rest, first = prefilled.items, prefilled.chunk, prefilled.rest, prefilled.logits
+        logprobs = self._forced(prefilled, copy.deepcopy(cache))
+        generated = self._greedy(items, rest, prefix, cache, first)
+        lengths = zip(prefix.mask.sum(1).tolist(), rest, generated, strict=True)
+        tokens = [n + len(r) + max(len(g) - 1, 0) for n, r, g in lengths]  # the last token is never fed back
+        return Answered(logprobs, generated, cache_bytes(cache, sum(tokens)), tokens)
+
+    def _forced(self, prefilled: Prefilled, cache: Cache) -> list[Tensor]:
+        """Log-probabilities of every reference answer, its end included; the cache takes the question and the answers."""
+        items, prefix, rest, first = prefilled.items, prefilled.chunk, prefilled.rest, prefilled.logits
         # left-padded, so a row's answer positions are its last ones; where nothing of the prompt is left (with `with`, or a chat template
         # that ends on the image) the first answer token comes from the prefill
         forced = [r + item.answer[:-1] for r, item in zip(rest, items, strict=True)]
         logits = first[:, :0]
         if any(forced):
             longest = max(len(item.answer) for item in items)
-            logits = self._forward(items, pad(forced, self.pad_id), prefix, copy.deepcopy(cache), {}, keep=longest)
+            logits = self._forward(items, pad(forced, self.pad_id), prefix, cache, {}, keep=longest)
         logprobs = []
         for row, item in enumerate(items):
             needed = len(item.answer) - (not rest[row])
             own = logits[row, logits.shape[1] - needed :]
             parts = [own] if rest[row] else [first[row, -1:], own]
             logprobs.append(torch.cat(parts).double().log_softmax(-1))
-        generated = self._greedy(items, rest, prefix, cache, first)
-        lengths = zip(prefix.mask.sum(1).tolist(), rest, generated, strict=True)
-        tokens = [n + len(r) + max(len(g) - 1, 0) for n, r, g in lengths]  # the last token is never fed back
-        return Answered(logprobs, generated, cache_bytes(cache, sum(tokens)), tokens)
+        return logprobs
 
     def _greedy(self, items: Sequence[Encoded], rest: list[list[int]], prefix: Chunk, cache: Cache, first: Tensor) -> list[list[int]]:
         seen, logits = prefix, first

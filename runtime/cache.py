@@ -16,7 +16,7 @@ from .cache_layer import RotateKLayer
 from .coder import Coder
 from .handle import Handle
 from .media import CallState
-from .monitor import Monitor, drift_of, stats, warn_of_drift
+from .monitor import Monitor, stats, warn_of_drift
 from .prepared import PreparedArtifact, PreparedLayer
 
 __all__ = ["Handle", "RotateKCache", "RotateKLayer"]
@@ -123,6 +123,9 @@ class RotateKCache(Cache):
             fallback_heads: (sequence, head, segment) triples whose Keys or Values kept more than planned.
             angle, calibrated_angle: degrees between the Keys and the directions that the plan keeps, in the median head, here and on the
             calibration data; None where nothing is rotated.
+            deviation, usual_deviation: how unlike the calibration documents the most unlike image is, and how much is usual among them, in
+            standard deviations (usual.py); None for short images and artifacts of few documents. unlike_calibration: whether that was, or
+            for such artifacts the angle is, enough for a warning.
             layers: per layer and KV head the fallbacks, the worst error of Keys and of Values over what calibration expected
             (`key_error_over_expected`, `value_error_over_expected`), and `key_angle`.
         """
@@ -133,9 +136,9 @@ class RotateKCache(Cache):
         return {layer.index: (layer.prepared, layer.store.monitor) for layer in layers}
 
     def check_drift(self) -> None:
-        """Warn once if what was coded lies off the calibrated directions."""
+        """Warn once if the images that were coded are unlike the calibration documents."""
         if not self.drift_said:
-            self.drift_said = warn_of_drift(drift_of(self._monitors()))
+            self.drift_said = warn_of_drift(self._monitors())
 
     def _rows(self) -> int:
         """B, or 0 before the first call."""

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from ..usual import TOKENS, leading_angles
 from .encode import Coordinates
-from .prepared import PreparedLayer
+from .prepared import PreparedLayer, SideBasis
 
-DRIFT = 15.0  # degrees beyond the calibrated angle, in the median head, above which calibration on this domain is due
-DRIFT_TOKENS = 64  # fewer say little about a subspace
+DRIFT = 15.0  # degrees beyond the calibrated angle, in the median head, above which calibration on this domain is due where artifacts
+# do not say how calibration documents deviate
+DRIFT_TOKENS = TOKENS  # fewer say little about a subspace
 
 
 @dataclass(slots=True)
@@ -24,30 +26,48 @@ class Monitor:
     ratio: energy that the plan discards per token over what calibration expected [B, H, 2], before any fallback; 0 where nothing is coded.
     angle: degrees between the segment and the calibrated directions that the plan keeps [B, H, 2]: acos √(share of its energy they hold).
     fallback: segments whose Keys or Values needed more than the plan [B, H].
+    deviation: how unlike the calibration documents each image is [B, M], in the order they came: the mean square over heads of how many
+    standard deviations the angle of its Values to their leading directions is off (usual.py); 0 where a row has fewer images.
     """
 
     ratio: np.ndarray
     angle: np.ndarray
     fallback: np.ndarray
+    deviation: np.ndarray
 
     @classmethod
     def of(cls, batch: int, heads: int) -> Monitor:
-        return cls(np.zeros((batch, heads, 2)), np.zeros((batch, heads, 2)), np.zeros((batch, heads), dtype=np.int64))
+        zeros = np.zeros((batch, heads, 2))
+        return cls(zeros, zeros.copy(), np.zeros((batch, heads), dtype=np.int64), np.zeros((batch, 0)))
 
     def see(self, row: int, sides: Sequence[Coordinates], tokens: int) -> None:
         """Note a segment that was coded in these coordinates."""
+        fell = np.zeros(self.fallback.shape[1], dtype=bool)
         for n, side in enumerate(sides):
-            for h, (error, expected, kept) in enumerate(zip(side.planned or side.error, side.expected, side.kept, strict=True)):
-                if expected > 0:
-                    self.ratio[row, h, n] = max(self.ratio[row, h, n], error / expected)
-                if tokens >= DRIFT_TOKENS:
-                    self.angle[row, h, n] = max(self.angle[row, h, n], degrees(kept))
-                self.fallback[row, h] += side.fallback[h] and not (n and sides[0].fallback[h])
+            error, expected = np.array(side.planned or side.error), np.array(side.expected)
+            ratio = np.divide(error, expected, out=np.zeros_like(error), where=expected > 0)
+            self.ratio[row, :, n] = np.maximum(self.ratio[row, :, n], ratio)
+            if tokens >= DRIFT_TOKENS:
+                self.angle[row, :, n] = np.maximum(self.angle[row, :, n], [degrees(kept) for kept in side.kept])
+            fell |= side.fallback
+        self.fallback[row] += fell
+
+    def compare(self, row: int, bases: Sequence[SideBasis], energies: Sequence[np.ndarray], tokens: int) -> None:
+        """Note how unlike the calibration documents an image is, from its energies [H, D] of Keys and of Values, about its own mean."""
+        known = [(basis.angles, energy) for basis, energy in zip(bases, energies, strict=True) if basis.angles is not None]
+        if not known or tokens < DRIFT_TOKENS:
+            return
+        off = [(leading_angles(energy) - angles[:, 0]) / angles[:, 1] for angles, energy in known]
+        place = int(np.count_nonzero(self.deviation[row]))
+        if place == self.deviation.shape[1]:
+            self.deviation = np.pad(self.deviation, ((0, 0), (0, 1)))
+        self.deviation[row, place] = max(float(np.mean(np.square(off))), 1e-12)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""
         order = list(rows)
-        self.ratio, self.angle, self.fallback = self.ratio[order], self.angle[order], self.fallback[order]
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name)[order])
 
     def beyond(self, prepared: PreparedLayer, kind: str) -> list[tuple[float, float]]:
         """Angle and calibrated angle of every head whose Keys are rotated and not dropped, the worst row each."""
@@ -74,16 +94,40 @@ def drift(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
     return seen, calibrated
 
 
-def warn_of_drift(found: tuple[float, float] | None) -> bool:
-    """Say once that calibration on this domain is due; whether it was said."""
-    if found is None or found[0] - found[1] <= DRIFT:
+def warn_of_drift(layers: dict[int, tuple[PreparedLayer, Monitor]]) -> bool:
+    """Say that calibration on this domain is due, if it is; whether it was said."""
+    if not is_drift(layers):
         return False
+    found, angles = deviation_of(layers), drift_of(layers)
+    far = f" ({angles[0]:.0f} degrees from the directions that the artifact keeps, calibrated {angles[1]:.0f})" if angles else ""
+    how = f": {found[0]:.1f} standard deviations off in the mean head, where {found[1]:.1f} are usual" if found else ""
     warnings.warn(
-        f"the Keys of these images lie {found[0]:.0f} degrees from the directions that the artifact keeps, {found[1]:.0f} on its "
-        "calibration data: heads keep more where they must, but calibrate on documents like these (rotatek-compile --calib)",
-        stacklevel=2,
+        f"these images are unlike the documents that the artifact was calibrated on{how}{far}; answers may be worse than was measured: "
+        "calibrate on documents like these (rotatek-compile --calib)",
+        stacklevel=3,
     )
     return True
+
+
+def is_drift(layers: dict[int, tuple[PreparedLayer, Monitor]]) -> bool:
+    """Whether the images are so unlike the calibration documents that it has to be said."""
+    if (found := deviation_of(layers)) is not None:
+        return found[0] > found[1]
+    angles = drift_of(layers)
+    return angles is not None and angles[0] - angles[1] > DRIFT
+
+
+def deviation_of(layers: dict[int, tuple[PreparedLayer, Monitor]]) -> tuple[float, float] | None:
+    """How unlike the calibration documents the most unlike image is, and how much is usual; None if nothing tells.
+
+    Root mean square over layers and heads of the standard deviations that the angle to the leading directions is off (usual.py).
+    """
+    usual = next((prepared.method.usual_deviation for prepared, _ in layers.values()), None)
+    images = min((monitor.deviation.shape[1] for _, monitor in layers.values()), default=0)
+    if usual is None or not images:
+        return None
+    squares = np.mean([monitor.deviation[:, :images] for _, monitor in layers.values()], 0)
+    return (math.sqrt(float(squares.max())), usual) if squares.any() else None
 
 
 def drift_of(layers: dict[int, tuple[PreparedLayer, Monitor]]) -> tuple[float, float] | None:
@@ -106,10 +150,13 @@ def stats(layers: dict[int, tuple[PreparedLayer, Monitor]]) -> dict[str, Any]:
                 "key_angle": monitor.angle[:, :, 0].max(0).tolist() if len(monitor.angle) else [],
             }
         )
-    found = drift_of(layers)
+    found, deviation = drift_of(layers), deviation_of(layers)
     return {
         "fallback_heads": fallback,
         "angle": found[0] if found else None,
         "calibrated_angle": found[1] if found else None,
+        "deviation": deviation[0] if deviation else None,
+        "usual_deviation": deviation[1] if deviation else None,
+        "unlike_calibration": is_drift(layers),
         "layers": rows,
     }

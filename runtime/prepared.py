@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +16,9 @@ from ..errors import RotateKError
 from ..geometry import LayerGeometry
 from ..kernels.slabs import Slabs
 from ..plan import SIDES, HeadPlan, own_part_bytes
+from ..usual import legible
 from .coder import Coder
-from .rounding_error import expected_errors
+from .rounding_error import expected_errors, usual_ratios
 from .scales import calibrated_scales, merged_scales
 from .tensor_parallel import Shard
 
@@ -28,7 +30,10 @@ class SideBasis:
     encode fp32 [H, D, D]: whitened coordinates times `balance` (bases.py), z = (x - mean) @ encode; decode fp32 [H, D, D], its inverse
     transposed; spectrum fp64 [H, D] on the CPU, energies in whitened coordinates; mean, balance fp32 [H, D].
     slabs: the plan. scales: bf16 [H, D] for codes of 8 and of 4 bits whose energies are the calibrated ones; plan_scales: by the plan.
-    expected: by head, the energy that the plan discards on the calibration data, coding errors included.
+    expected: by head, the energy that the plan discards on the calibration data, coding errors included; usual: how many times as much
+    single calibration documents discard at most, 1 where that is not known.
+    angles: fp64 [H, 2], mean and deviation of the angle between calibration images and the leading directions (usual.py), or None;
+    an infinite deviation where the compute dtype is too coarse for the angle.
     number: which of the layer's shared matrices this is.
     """
 
@@ -42,6 +47,8 @@ class SideBasis:
     plan_scales: Tensor
     expected: tuple[float, ...]
     number: int
+    usual: tuple[float, ...]
+    angles: np.ndarray | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +128,14 @@ class PreparedArtifact:
 
     @cached_property
     def tokens_per_own(self) -> float:
-        """See `PreparedLayer`: means and scales of one segment, over what the budget leaves of each token beside its codes."""
+        """See `PreparedLayer`: means and scales of one segment, over what the budget leaves of each token beside codes and raw tokens."""
+        escaping = self.artifact.method.escape_ratio
         budget, geometry, plan = self.artifact.method.kv_budget, self.artifact.geometry, self.artifact.plan()
         if budget is None:
             return 0.0
         parts = sum(own_part_bytes(head, geometry.layers[i].head_dim) for i, heads in plan.items() for head in heads)
         codes = sum(head.bytes_per_token for heads in plan.values() for head in heads)
-        left = budget * geometry.dense_bytes_per_token() - codes
+        left = (budget - escaping) * geometry.dense_bytes_per_token() - (1 - escaping) * codes
         return parts / left if left > 0 else math.inf if parts else 0.0
 
     def _prepare(self, index: int, device: torch.device, dtype: torch.dtype) -> PreparedLayer:
@@ -140,7 +148,7 @@ class PreparedArtifact:
             for side in SIDES:
                 number = sum(len(sides) for sides in made.values())
                 slabs = tuple(getattr(head, side) for head in plan)
-                made.setdefault(kind, []).append(_side(artifact, f"layers.{index}.{kind}.{side}", own, slabs, number, device))
+                made.setdefault(kind, []).append(_side(artifact, f"layers.{index}.{kind}.{side}", own, slabs, number, device, dtype))
         sides = [side for pair in made.values() for side in pair]
         local = replace(geometry, query_heads=geometry.query_heads // self.shard.size, kv_heads=geometry.kv_heads // self.shard.size)
         return PreparedLayer(
@@ -154,13 +162,17 @@ class PreparedArtifact:
         )
 
 
-def _side(artifact: Artifact, prefix: str, own: slice, slabs: tuple[Slabs, ...], number: int, device: torch.device) -> SideBasis:
+def _side(
+    artifact: Artifact, prefix: str, own: slice, slabs: tuple[Slabs, ...], number: int, device: torch.device, dtype: torch.dtype
+) -> SideBasis:
     encode = artifact.tensors[f"{prefix}_encode"][own].double()
     # made here, not stored: exactly the inverse of what was stored (DESIGN.md §5)
     decode = torch.linalg.inv(encode).mT
     spectrum = artifact.tensors[f"{prefix}_spectrum"][own].double().cpu()
     scale = balance(spectrum.to(encode.device))
     expected = expected_errors(spectrum, slabs)
+    known = (artifact.tensors.get(f"{prefix}_{name}") for name in ("tail_ratio", "code_ratio", "angle"))
+    tails, codes, angles = (None if found is None else found[own] for found in known)
     scales = {bits: calibrated_scales(spectrum.to(encode.device), scale, bits).to(device) for bits in (8, 4)}
     return SideBasis(
         encode=(encode * scale.unsqueeze(-2)).to(device, torch.float32),
@@ -173,4 +185,6 @@ def _side(artifact: Artifact, prefix: str, own: slice, slabs: tuple[Slabs, ...],
         plan_scales=merged_scales(scales, slabs),
         expected=tuple(expected.tolist()),
         number=number,
+        usual=tuple(usual_ratios(spectrum, slabs, tails, codes)),
+        angles=None if angles is None else legible(angles.double().cpu().numpy(), torch.finfo(dtype).eps),
     )

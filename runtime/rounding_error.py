@@ -1,4 +1,4 @@
-"""What a plan discards: dropped directions and coding errors, in the whitened coordinates of a basis (bases.py)."""
+"""What a plan is expected to discard of a segment, and how much more is too much (coding_error.py has the account)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..coding_error import ROUNDING, discarded
 from ..kernels.slabs import Slabs
 
-# Squared error of codes with the scales of `codes.clipped_scales`, as a share of the energy: normal variables have 0.0113 at 4 bits and
-# 5.6e-5 at 8 (Max 1960 gives 0.0115 for 16 uniform levels), Laplacian ones 0.024 and 1.2e-4; Keys and Values lie between.
-ROUNDING = {8: 1e-4, 4: 0.016}
 SLACK = 1e-3  # share of a head's calibrated energy that no bound is below, so that a nearly exact plan does not fall back for nothing
-
-
-def discarded(
-    energy: Sequence[float], slabs: Slabs, byte_error: Sequence[float] | None = None, nibble_error: Sequence[float] | None = None
-) -> float:
-    """Energy that slabs discard of one head's directions.
-
-    Args:
-        energy: per direction, in order [D].
-        byte_error, nibble_error: measured squared errors per direction of 8- and 4-bit codes; by default `ROUNDING` times the energy.
-    """
-    native, byte, nibble = slabs
-    first, second = native + byte, slabs.rank
-    in_bytes = sum(byte_error[native:first]) if byte_error is not None else ROUNDING[8] * sum(energy[native:first])
-    in_nibbles = sum(nibble_error[first:second]) if nibble_error is not None else ROUNDING[4] * sum(energy[first:second])
-    return float(in_bytes + in_nibbles + sum(energy[second:]))
 
 
 def expected_errors(spectrum: Tensor, slabs: Sequence[Slabs]) -> Tensor:
@@ -37,6 +19,29 @@ def expected_errors(spectrum: Tensor, slabs: Sequence[Slabs]) -> Tensor:
     return torch.tensor([discarded(row, one) for row, one in zip(rows, slabs, strict=True)], dtype=torch.float64)
 
 
+def usual_ratios(spectrum: Tensor, slabs: Sequence[Slabs], tails: Tensor | None, codes: Tensor | None) -> list[float]:
+    """How many times what is expected of a head (`discarded`) single calibration documents discard at most.
+
+    Args:
+        spectrum: [H, D]. tails, codes: tail and code ratios [H, D] (usual.py); None where they are not known, then every ratio is 1.
+
+    Each slab errs as the directions from its first one on do, of which it has the most; 8-bit codes in proportion to their energy.
+    """
+    if tails is None or codes is None:
+        return [1.0] * len(slabs)
+    found = []
+    for h, (native, byte, nibble) in enumerate(slabs):
+        energy, first, rank = spectrum[h].tolist(), native + byte, native + byte + nibble
+        parts = [
+            (tails, native, ROUNDING[8] * sum(energy[native:first])),
+            (codes, first, ROUNDING[4] * sum(energy[first:rank])),
+            (tails, rank, sum(energy[rank:])),
+        ]
+        total = sum(lost for *_, lost in parts)
+        found.append(sum(float(ratio[h, start]) * lost for ratio, start, lost in parts if lost > 0) / total if total > 0 else 1.0)
+    return found
+
+
 def bound(expected: float, spectrum_sum: float, factor: float) -> float:
-    """Discarded energy above which a head keeps more."""
+    """Discarded energy above which a head keeps more; `expected` is the calibrated one times its usual ratio."""
     return factor * expected + SLACK * spectrum_sum

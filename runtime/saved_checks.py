@@ -150,7 +150,8 @@ def layer_shapes(numbers: dict[str, Any], prepared: PreparedLayer, common: Commo
         "window_lengths": (long, (batch,)),
     }
     for name in MONITOR:
-        shapes[f"monitor.{name}"] = (long, (batch, heads)) if name == "fallback" else (torch.float64, (batch, heads, 2))
+        shapes[f"monitor.{name}"] = (torch.float64, (batch, heads, 2))
+    shapes |= {"monitor.fallback": (long, (batch, heads)), "monitor.deviation": (torch.float64, (batch, None))}
     for row, kind in numbers["first"]:
         shapes |= {f"first.{row}.{kind}.{side}": (long, (heads, VALUE - KEY)) for side in SIDES}
     for written in numbers.get("blocks", []):

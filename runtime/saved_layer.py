@@ -7,7 +7,8 @@ Tensors of layer i, under `layers.{i}.`; B rows, H KV heads, N places of the tab
     codes          uint8    flat                 kernels/codes.py;  scales bf16, own_means float16, own_bases compute dtype: flat pools
     window         compute  [2, B, H, L, D]      raw Keys and Values of the newest text, zeros behind them;  window_lengths int64 [B]
     budgeted       int64    [B, 2]               what the KV budget has counted
-    monitor.ratio  float64  [B, H, 2]            monitor.py; likewise monitor.angle, and monitor.fallback int64 [B, H]
+    monitor.ratio  float64  [B, H, 2]            monitor.py; likewise monitor.angle; monitor.fallback int64 [B, H], monitor.deviation
+                                                 float64 [B, M] of M images
 
 `first.{r}.{kind}.{side}` int64 [H, SIDE_FIELDS]: fields of row r's first segment of a kind, whose mean and scales later ones may have;
 and where old text is coded, for every row r that has written blocks and both sides (`key`, `value`), under `layers.{i}.blocks.{r}.{side}.`:

@@ -28,8 +28,8 @@ def test_small(tmp_path):
     assert [result["geometry"] for result in results] == ["llava-next-mistral-7b", "qwen3-vl-8b"]
     for result in results:
         assert result["heads"] == 6
-        # per head: Keys and Values in two bytes each, and a few vectors; moments in halves of 8 fp64 matrices
-        assert result["sidecar_keys_mb"] == pytest.approx(6 * (32 * 32 * 2 + 2 * 32 * 4) / 1e6, rel=0.05)
+        # per head: a basis in two bytes a number, mean, spectrum and two rows of ratios; moments in halves of 8 fp64 matrices
+        assert result["sidecar_keys_mb"] == pytest.approx(6 * (32 * 32 * 2 + 4 * 32 * 4) / 1e6, rel=0.05)
         assert result["sidecar_mb"] > 1.8 * result["sidecar_keys_mb"]
         assert result["moments_cache_mb"] == pytest.approx(6 * 8 * (32 * 33 // 2) * 8 / 1e6, rel=0.15)
         assert result["memory_over_forward"] is None

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rotatek_compile.kernels.slabs import NIBBLE_UNIT, UNIT, Slabs
-from rotatek_compile.plan import HeadPlan, own_part_bytes
+from rotatek_compile.kernels.table import LENGTH
+from rotatek_compile.plan import HeadPlan, escape_tokens, own_part_bytes
 from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.backends import TorchBackend
 from rotatek_compile.runtime.cache_layer import RotateKLayer
@@ -41,7 +42,7 @@ def smallest_budget(plan):
 
 @pytest.fixture
 def read_images(make_artifact, geometry):
-    """A cache of one sequence that has read images of these lengths, through the layers' own `_code`."""
+    """A cache of one sequence that has read images of these lengths, through the layers' own `_begin`."""
 
     def run(plan, lengths, budget, fallback=0.0, scale=1.0, seed=0, **options):
         artifact = make_artifact(plan=plan, fallback=fallback, kv_budget=budget, **options)
@@ -54,8 +55,7 @@ def read_images(make_artifact, geometry):
             turn = torch.linalg.qr(torch.randn(2, HEADS, DIM, DIM, generator=generator)).Q
             for length in lengths:
                 keys, values = scale * torch.randn(2, HEADS, length, DIM, generator=generator) @ (turn * 0.8 ** torch.arange(DIM)) + 0.5
-                layer._code(0, "visual", keys, values, None)
-            layer.store.flush()
+                layer._begin(0, "visual", keys, values, None)
             cache.layers.append(layer)
         return cache
 
@@ -121,3 +121,24 @@ def test_escape_tokens_are_paid_for(read_images):
     some = cache_bytes(read_images(plan, [600], None, prior_tokens=0, escape_ratio=0.02))
     assert some.span_dense == plain.span_dense
     assert some.span - plain.span == LAYERS * HEADS * 12 * (DENSE - 32)
+
+
+@pytest.mark.parametrize("lengths", [*EVEN, *ODD, [700], [1300, 130]], ids=lambda lengths: f"{len(lengths)}x{lengths[-1]}")
+@pytest.mark.parametrize("ratio", [1 / 256, 0.01, 1 / 64, 0.1])
+def test_the_budget_is_kept_with_escape_tokens(read_images, lengths, ratio):
+    """As above, with what codes of the other tokens, means and scales of 512 tokens and that share of raw tokens take."""
+    for seed in range(3):
+        plan = some_plan(1000 * len(lengths) + seed)
+        heads = [head for layer in plan.values() for head in layer]
+        codes, parts = sum(head.bytes_per_token for head in heads), sum(own_part_bytes(head, DIM) for head in heads)
+        budget = ratio + ((1 - ratio) * codes * PROMISED + parts) / (len(heads) * DENSE * PROMISED)
+        if budget > 1:
+            continue
+        cache = read_images(plan, lengths, budget, escape_ratio=ratio, prior_tokens=256 * (seed % 2))
+        count = cache_bytes(cache)
+        assert count.span_dense == LAYERS * HEADS * DENSE * sum(lengths) and count.fallback_heads == 0
+        padding = codes * sum(length % 2 for length in lengths)
+        assert count.span - padding <= budget * count.span_dense * (1 + 1e-9), (seed, budget, count.span / count.span_dense, plan)
+        if len(lengths) == 1:
+            stored = sorted(int(heads[0, LENGTH]) for heads in cache.layers[0].store.segments())
+            assert stored == [escape_tokens(lengths[0], ratio), lengths[0] - escape_tokens(lengths[0], ratio)] and stored[0] >= 2

@@ -123,8 +123,11 @@ def test_all_state_is_known(model, ragged, make_artifact):
     cache = document.cache
     layer = cache.layers[0]
     assert set(vars(layer)) - set(vars(DynamicLayer())) == {
-        "index", "artifact", "state", "backend", "coder", "logical_length", "real", "tail", "held_queries", "store", "spans", "blocks",
+        "index", "artifact", "state", "backend", "coder", "logical_length", "real", "tail", "held_queries", "segments", "spans", "blocks",
         "prepared",
+    }  # fmt: skip
+    assert {name: getattr(layer.segments, name) for name in vars(layer.segments)} == {  # nothing is under way between calls
+        "store": layer.store, "prepared": layer.prepared, "begun": [], "_seen": [], "_figures": None,
     }  # fmt: skip
     assert set(vars(layer.store)) == {
         "heads", "dim", "dtype", "device", "prepared", "codes", "scales", "own_means", "own_bases", "table", "ids", "table_on_device",
@@ -138,7 +141,7 @@ def test_all_state_is_known(model, ragged, make_artifact):
         "slabs", "encode", "centre", "scales", "calibrated_scales", "own_mean", "own", "fallback", "error", "expected", "kept",
         "given", "planned",  # looked at when coordinates are opened, not afterwards, so not written
     }  # fmt: skip
-    assert set(layer.store.monitor.__slots__) == {"ratio", "angle", "fallback"}
+    assert set(layer.store.monitor.__slots__) == {"ratio", "angle", "fallback", "deviation"}
     own = {name for name in vars(cache) if name not in vars(DynamicCache()) and not name.startswith("_")}
     assert own == {"state", "artifact", "drift_said", "rope_deltas", "weights"}
 

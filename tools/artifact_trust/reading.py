@@ -38,7 +38,7 @@ def sound_artifacts() -> list[dict[str, bytes]]:
         Method(levels=LEVELS, allocation="uniform"),
         Method(rival="head-drop", keep_ratio=0.5),
         Method(rival="int4", keep_ratio=1.0, kv_budget=0.5),
-        Method(levels=LEVELS, keep_ratio=0.5, key_bits="auto", value_bits="auto", kv_budget=0.25, max_kl=0.01),
+        Method(levels=LEVELS, keep_ratio=0.5, key_bits="auto", value_bits="auto", kv_budget=0.25, max_kl=0.01, usual_deviation=2.0),
     ]
     files = [_files(geometry, method, number) for number, method in enumerate(methods)]
     return [*files, first_format(files[0])]
@@ -77,6 +77,9 @@ def _files(geometry: Geometry, method: Method, number: int) -> dict[str, bytes]:
             tensors[f"{prefix}_mean"] = torch.randn(HEADS, DIM, generator=generator)
             tensors[f"{prefix}_spectrum"] = torch.rand(HEADS, DIM, generator=generator).sort(descending=True).values
             tensors[f"{prefix}_encode"] = torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=generator)).Q
+            if method.usual_deviation is not None:
+                tensors |= {f"{prefix}_{name}": 1 + torch.rand(HEADS, DIM, generator=generator) for name in ("tail_ratio", "code_ratio")}
+                tensors |= {f"{prefix}_angle": 1 + torch.rand(HEADS, 2, generator=generator)} if prefix.endswith(".visual.value") else {}
     base = [
         {"id": "org/name", "revision": "0" * 40, "fingerprint": None},
         {"id": "/models/name", "revision": None, "fingerprint": "0" * 64},
@@ -145,6 +148,10 @@ def wrong_artifact(artifact: Artifact, directory: Path) -> str | None:
             return f"accepted {name}, which is not finite"
         if name.endswith(("spectrum", "knockout")) and tensor.numel() and float(tensor.min()) < 0:
             return f"accepted {name}, which is negative"
+        if name.endswith("_ratio") and tensor.numel() and not 1 <= float(tensor.min()) <= float(tensor.max()) <= 1e9:
+            return f"accepted {name}, which is out of range"
+        if name.endswith("_angle") and tensor.numel() and not 0 <= float(tensor.min()) <= float(tensor.max()) <= 90:
+            return f"accepted {name}, which is no angle"
     for i, plan in artifact.plan().items():
         dim, heads = artifact.geometry.layers[i].head_dim, artifact.geometry.layers[i].kv_heads
         for slabs in (slabs for head in plan for slabs in head):
