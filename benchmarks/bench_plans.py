@@ -31,9 +31,10 @@ from rotatek_compile.batches import Encoded, end_ids, rope_index
 from rotatek_compile.calibrate import MomentStore, calibrate
 from rotatek_compile.calibration_data.registry import open_data
 from rotatek_compile.compile_options import CompileOptions
-from rotatek_compile.compiler import bases_of, plan_from, prefilled, shared_out
+from rotatek_compile.compiler import bases_of, prefilled, shared_out
 from rotatek_compile.cost_curves import dense_bytes, plan_bytes, predicted_kl
 from rotatek_compile.cutter import Cutter
+from rotatek_compile.deciding import plan_from
 from rotatek_compile.documents import Documents, usable
 from rotatek_compile.geometry import Geometry
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, load_model, load_processor, resolve

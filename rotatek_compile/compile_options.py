@@ -12,6 +12,7 @@ from .names import ALLOCATIONS, BASES, BITS, METHODS, OURS, SPANS, refuse_unknow
 if TYPE_CHECKING:
     from .artifact_config import Method
 
+MOST_ESCAPES = 0.25  # an artifact with more is refused
 KEEP_RATIO = 0.25  # our own method's, where no budget is given
 SENSITIVITY_SAMPLES = 36  # four of each skill of `mixed`: a head that none of them needs would look worthless
 
@@ -33,6 +34,8 @@ class CompileOptions:
     max_kl: float | None = None  # nats per answer token
     key_bits: str | None = None  # native with a keep ratio, auto with a budget of bytes
     value_bits: str | None = None
+    escape_ratio: float | None = None  # share of a segment's tokens that stay raw; None: chosen with a budget of bytes, else none
+    prior_tokens: int | None = None  # what the calibrated covariance counts for in own bases, 0 for none; None: chosen, else the default
     basis: str = "two-sided"
     allocation: str = "allocated"
     span: str = "visual"
@@ -56,7 +59,7 @@ class CompileOptions:
         if self.method == OURS:
             self._check_budget()
         else:
-            for name in ("max_kl", "key_bits", "value_bits"):
+            for name in ("max_kl", "key_bits", "value_bits", "escape_ratio", "prior_tokens"):
                 if getattr(self, name) is not None:
                     option = name.replace("_", "-")
                     raise UsageError(
@@ -69,7 +72,11 @@ class CompileOptions:
             raise UsageError(f"--kv-budget {self.kv_budget} is out of range; it is a fraction of the dense bytes, above 0 and up to 1")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise UsageError(f"--keep-ratio {self.keep_ratio} is out of range; it is a fraction kept, above 0 and up to 1")
-        for name, least in (("window", 1), ("num_samples", 1), ("sensitivity_samples", 1), ("batch_size", 1)):
+        if self.escape_ratio is not None and not 0 <= self.escape_ratio <= MOST_ESCAPES:
+            raise UsageError(
+                f"--escape-ratio {self.escape_ratio:g} is out of range; it is a fraction of an image's tokens, from 0 to {MOST_ESCAPES:g}"
+            )
+        for name, least in (("window", 1), ("num_samples", 1), ("sensitivity_samples", 1), ("batch_size", 1), ("prior_tokens", 0)):
             if getattr(self, name) is None:
                 continue
             if getattr(self, name) < least:
@@ -102,11 +109,21 @@ class CompileOptions:
         if by_ratio and self.value_bits == "auto":
             raise UsageError("--value-bits auto comes with --kv-budget or --max-kl; with --keep-ratio choose native, 8 or 4")
 
+    @property
+    def chooses_coding(self) -> bool:
+        """Whether escape tokens and own bases are measured: within a budget of bytes that is spent by measure.
+
+        `paper` makes own bases as published; with a keep ratio both would come on top of the plan.
+        """
+        by_bytes = self.kv_budget is not None or self.max_kl is not None
+        return self.method == OURS and by_bytes and self.allocation == "allocated" and self.basis != "paper"
+
     def own_method(self) -> Method:
         """What an artifact says of our own method: these options, before anything is measured."""
         from .artifact_config import Method
 
         assert self.key_bits is not None and self.value_bits is not None
+        prior = self.prior_tokens if self.prior_tokens is not None else 0 if self.chooses_coding else Method().prior_tokens
         return Method(
             basis=self.basis,
             span=self.span,
@@ -117,4 +134,6 @@ class CompileOptions:
             value_bits=self.value_bits,
             kv_budget=self.kv_budget,
             max_kl=self.max_kl,
+            escape_ratio=self.escape_ratio or 0.0,
+            prior_tokens=prior,
         )

@@ -23,7 +23,7 @@ def report(
 
     Args:
         bases: by side and layer.
-        checks: what checking the plan as a whole gave: kl, swaps, plan.
+        checks: what checking the plan as a whole gave: kl, swaps, plan; and `coding`, where escape tokens and own bases were chosen.
     """
     knockouts = artifact.knockout()
     sensitivities = {side: artifact.sensitivity(side) for side in SIDES}
@@ -37,13 +37,15 @@ def report(
             heads.append(entry | {"kl_when_knocked_out": float(knockouts[i][h]) if knockouts else None})
         layers.append({"layer": i, "heads": heads})
     geometry = artifact.geometry
+    bytes_ = plan_bytes(geometry, artifact.plan(), escape_ratio=artifact.method.escape_ratio)
     return {
         "levels": [list(level) for level in artifact.method.levels],
         "plan_kl": checks["kl"],
         "plan_swaps": checks["swaps"],
         "plan_kind": checks["plan"],
+        "coding": checks.get("coding"),
         "kv_bytes_per_token": {"dense": geometry.dense_bytes_per_token(), "compressed": artifact.bytes_per_token()},
-        "segment": {"tokens": SEGMENT, "dense_bytes": dense_bytes(geometry), "bytes": plan_bytes(geometry, artifact.plan())},
+        "segment": {"tokens": SEGMENT, "dense_bytes": dense_bytes(geometry), "bytes": bytes_},
         "calibration_tokens": {k: int(moments.sums[f"{geometry.compressible[0]}.{k}.count"]) for k in artifact.method.kinds},
         "seconds": seconds,
         "knockout": diagnosis(knockouts) if knockouts else None,

@@ -21,8 +21,8 @@ from .card_picture import draw_heads
 from .compile_options import CompileOptions
 from .compile_report import report
 from .compile_rival import compile_rival, rival_artifact
-from .cost_curves import dense_bytes, plan_bytes
 from .cutter import Cutter, Prefilled
+from .deciding import coding_chosen, plan_from
 from .documents import Documents, usable
 from .errors import RotateKError, UsageError
 from .geometry import Geometry
@@ -46,9 +46,9 @@ from .output import atomic_directory, refuse_existing
 from .parallel import Processes, local_device, processes
 from .placement import AUTO
 from .plan import SIDES, Plan, plan_tensors
-from .planning import Costs, refuse_too_small, searches_for, searches_of_bytes, smallest_share, stated, uniform_of
-from .repair import repaired, smallest_within
+from .planning import Costs, refuse_too_small, uniform_of
 from .sensitivity import NOTHING, JointCheck, Sensitivities, levels_for, measure
+from .usual import FACTOR, UsualSegments
 from .weights import check_include, include_weights
 
 Bases = dict[str, dict[int, Basis]]  # by side and layer
@@ -96,19 +96,19 @@ def prepare(options: CompileOptions) -> CompilePlan:
     rival = None if options.method == OURS else rival_artifact(options, geometry, None)
     _check_span(options, geometry)
     if options.method == OURS and options.kv_budget is not None:
-        refuse_too_small(geometry, options.kv_budget)
+        refuse_too_small(geometry, options.kv_budget, options.escape_ratio or 0.0)
     data = open_data(options.calib, "calibration", options.seed, options.calib_revision, images=not geometry.text_only)
     device = choose_device(options.device)
     return CompilePlan(source, config, geometry, data, device, choose_dtype(options.dtype, config, device), rival)
 
 
 def sidecar_bytes(geometry: Geometry, options: CompileOptions) -> int:
-    """At most this much our own method's artifact takes: means, bases and spectra of Keys and Values in float32; the rest is small."""
+    """At most this much our own method's artifact takes: means, bases, spectra and ratios of both sides in float32; the rest is small."""
     if options.method != OURS:
         return 0
     kinds = 1 if options.span == "visual" else 2
     layers = [geometry.layers[i] for i in geometry.compressible]
-    return sum(4 * kinds * 2 * layer.kv_heads * layer.head_dim * (layer.head_dim + 2) for layer in layers)
+    return sum(4 * kinds * 2 * layer.kv_heads * layer.head_dim * (layer.head_dim + 5) for layer in layers)
 
 
 def compile_artifact(options: CompileOptions) -> dict[str, Any]:
@@ -216,6 +216,8 @@ def compile_ours(
     before = time.perf_counter()
     main = bases[method.kinds[0]]  # of images, unless the model reads text alone
     cutter = Cutter(model, geometry, main["key"], method.span == "all", main["value"])
+    usual = UsualSegments(geometry, moments, bases)
+    cutter.watch = usual.see
     rows = geometry.rows_at_once(options.batch_size)
     measured = measure(cutter, together.share(read), method.levels, options.quiet, rows, together)
     if method.span == "visual" or method.text_only:
@@ -223,15 +225,21 @@ def compile_ours(
     else:
         knockouts = measure_knockouts(cutter, together.share(read), options.quiet, rows, together)
     docs = prefilled(cutter, together.share(checked or read), rows)
+    limits, deviation = usual.tensors(together)
+    if limits:
+        method = replace(method, fallback_factor=FACTOR, usual_deviation=deviation)
     spectra = {side: {i: basis.spectrum for i, basis in main[side].items()} for side in SIDES}
     costs = Costs.of(geometry, method.levels, {"key": measured.key, "value": measured.value}, spectra)
     decided, method, checks = plan_from(geometry, costs, JointCheck(cutter, docs, together), method)
-    seconds_sensitivity = time.perf_counter() - before
+    seconds = {"total": 0.0, "moments_and_bases": seconds_moments, "sensitivities": time.perf_counter() - before}
 
-    tensors = artifact_tensors(geometry, method, moments, bases, decided, measured, knockouts)
-    seconds = {"total": 0.0, "moments_and_bases": seconds_moments, "sensitivities": seconds_sensitivity}
+    tensors = artifact_tensors(geometry, method, moments, bases, decided, measured, knockouts) | limits
     record = record | {"documents": len(used), "sensitivity_documents": len(read), "kept_aside": len(checked)}
     artifact = Artifact(geometry, method, tensors, base, record, libraries=library_versions())
+    if options.chooses_coding:
+        before = time.perf_counter()
+        artifact = coding_chosen(artifact, options, cutter, docs, costs, checks, together)
+        seconds["escapes_and_bases"] = time.perf_counter() - before
     artifact.report = report(artifact, main, moments, checks, seconds)
     artifact.report["sensitivity"] = {"nothing": NOTHING, "bounded": measured.bounded}
     return artifact
@@ -287,39 +295,6 @@ def prefilled(cutter: Cutter, items: Sequence[Encoded], batch_size: int) -> list
         if room < 0 and cutter.device.type == "cuda":
             docs[-1].park()
     return docs
-
-
-def plan_from(geometry: Geometry, costs: Costs, check: JointCheck, method: Method) -> tuple[Plan, Method, dict[str, Any]]:
-    """The plan for the method's budget, the method with what it came to, and what checking the whole plan gave.
-
-    The main process decides for all.
-    """
-    found: tuple[Plan, Method, dict[str, Any]] = check.lead(lambda: _searched(geometry, costs, check, method))
-    return found
-
-
-def _searched(geometry: Geometry, costs: Costs, check: JointCheck, method: Method) -> tuple[Plan, Method, dict[str, Any]]:
-    if method.max_kl is not None:
-        plan, kl, swaps = smallest_within(
-            lambda share: searches_of_bytes(geometry, costs, method, share),
-            check,
-            method.max_kl,
-            smallest_share(geometry),
-            alike=method.allocation == "uniform",
-            repair=method.allocation == "allocated",
-        )
-        method = replace(method, kv_budget=plan_bytes(geometry, plan) / dense_bytes(geometry))
-        return plan, stated(method, geometry, plan), {"kl": kl, "swaps": swaps, "plan": method.allocation}
-    searches = searches_for(geometry, costs, method)
-    if method.allocation == "uniform" or (method.kv_budget is None and method.keep_ratio == 1):
-        plan = searches[0].uniform
-        return plan, stated(method, geometry, plan), {"kl": check(plan), "swaps": 0, "plan": "uniform"}
-    if method.allocation == "energy":  # what knows of no measure is not repaired by one
-        plan = searches[0].plan(searches[0].best())
-        return plan, stated(method, geometry, plan), {"kl": check(plan), "swaps": 0, "plan": "energy"}
-    plan, kl, swaps = repaired(searches, check)
-    kind = "uniform" if plan == searches[0].uniform else "allocated"
-    return plan, stated(method, geometry, plan), {"kl": kl, "swaps": swaps, "plan": kind}
 
 
 def artifact_tensors(

@@ -17,17 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .coding_error import discarded_by
 from .geometry import Geometry
 from .kernels.slabs import NIBBLE_UNIT, UNIT, Slabs
-from .plan import SIDES, HeadPlan, Plan
+from .plan import SIDES, HeadPlan, Plan, escape_tokens
 from .plan_words import promised_bytes, segment_bytes
 
 SEGMENT = 512
 """Tokens over which scales and means are spread: a budget is a promise for coded spans of at least so many."""
-
-CODING_ERROR = {16: 0.0, 8: 5.5e-5, 4: 0.0115}
-"""Share of a direction's energy that its codes lose, by bits. Four: the least that a uniform quantiser of 16 levels leaves of a Gaussian
-(Max 1960, 0.01154). Eight: levels reach the maximum of some hundred numbers, 3.2 standard deviations, so (2 · 3.2 / 254)² / 12."""
 
 TIE_WEIGHT = 1e-6  # KL per unit of relative distortion: orders heads whose measured KL is all zero
 FLOOR = 1e-12
@@ -35,9 +32,10 @@ SHRUNK = 0.2
 """Weight of the mean over all heads in each head's log KL. Few documents see few of the ways in which answers go wrong: a head that none of
 them minds is not one that costs nothing. As 9 / (n + 9) of n = 36 documents, found on the bundled models."""
 
-TRUST = 0.5
-"""Another way to read what few documents say, for a second start of a search: log KL is taken half way to what the head would cost if its
-KL at nothing fell in proportion to the distortion, because a mean is too hopeful about cuts that no document minded."""
+READINGS = ((0.75, SHRUNK), (1.0, 0.5), (0.5, 0.0))
+"""Other ways to read what few documents say, (trust, shrunk) of `curves_of`, for further starts of a search. With less trust log KL is
+taken part of the way to what the head would cost if its KL at nothing fell in proportion to the distortion, because a mean is too hopeful
+about cuts that no document minded. Shrunk further towards all heads, a generous budget is spread, and covers what other documents need."""
 
 UNMEASURED = 1e-9  # nats per answer token: far below what is measured
 
@@ -153,11 +151,7 @@ def every_slabs(dim: int, bits: str = "auto") -> Options:
 def distortions(spectrum: Tensor, options: Sequence[Slabs]) -> np.ndarray:
     """Relative distortion of each option, fp64 [N], of a spectrum [D] in descending order; 1 where nothing is kept."""
     energy = spectrum.double().cpu().numpy()
-    kept = np.concatenate([[0.0], energy.cumsum()])
-    ends = kept[Options.of(options).ends]  # [N, 3] energy of the directions up to the end of each slab
-    lost = kept[-1] - ends[:, 2] + CODING_ERROR[8] * (ends[:, 1] - ends[:, 0]) + CODING_ERROR[4] * (ends[:, 2] - ends[:, 1])
-    lost += CODING_ERROR[16] * ends[:, 0]
-    return np.maximum(lost, 0.0) / max(kept[-1], 1e-30)
+    return discarded_by(energy, Options.of(options).ends) / max(energy.sum(), 1e-30)
 
 
 def curve_of(levels: Sequence[Slabs], measured: Tensor, spectrum: Tensor, options: Sequence[Slabs], trust: float = 1.0) -> Curve:
@@ -237,14 +231,22 @@ def _pairs(geometry: Geometry) -> list[Pair]:
     return [(i, h) for i in geometry.compressible for h in range(geometry.layers[i].kv_heads)]
 
 
-def plan_bytes(geometry: Geometry, plan: Plan, tokens: int = SEGMENT) -> int:
-    """A segment of so many tokens over all compressed layers, with the scales and means it needs; shared bases are not its own."""
-    return sum(
-        segment_bytes(getattr(head, side), geometry.layers[i].head_dim, tokens)
+def plan_bytes(geometry: Geometry, plan: Plan, tokens: int = SEGMENT, escape_ratio: float = 0.0) -> int:
+    """A segment of so many tokens over all compressed layers, with the scales, means and escape tokens it has; shared bases are not its
+    own."""
+    raw = escape_tokens(tokens, escape_ratio)
+    return raw * geometry.dense_bytes_per_token() + sum(
+        segment_bytes(getattr(head, side), geometry.layers[i].head_dim, tokens - raw)
         for i, heads in plan.items()
         for head in heads
         for side in SIDES
     )
+
+
+def needed_share(geometry: Geometry, plan: Plan, escape_ratio: float = 0.0) -> float:
+    """Of the dense bytes, the least that a budget must be for this plan and so many escape tokens, whatever their number is rounded to."""
+    codes = sum(head.bytes_per_token for heads in plan.values() for head in heads)
+    return escape_ratio + (plan_bytes(geometry, plan) - escape_ratio * SEGMENT * codes) / dense_bytes(geometry)
 
 
 def dense_bytes(geometry: Geometry, tokens: int = SEGMENT) -> int:

@@ -5,7 +5,7 @@ Only the text after the images is run again, many cuts at a time (rereading.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +81,9 @@ class Cutter:
         bases: calibrated basis of the Keys per compressed layer; knock-outs need none, nor do cuts to no direction at all.
         span_all: text before and between the images is cut too.
         values: likewise of the Values.
+
+    Attributes:
+        watch: called with every batch that is prefilled (usual.py).
     """
 
     def __init__(
@@ -89,8 +92,11 @@ class Cutter:
         self.model, self.geometry, self.span_all = model, geometry, span_all
         self.device, self.dtype = input_device(model), model.dtype
         sides = {"key": bases, "value": values or {}}
+        self.spectra = {side: {i: b.spectrum for i, b in found.items()} for side, found in sides.items()}
         self.bases = {side: {i: CodingBasis.of(b, self.device) for i, b in found.items()} for side, found in sides.items()}
         self.layers = decoder_layers(model, len(geometry.layers))
+        self.errors = 1.0
+        self.watch: Callable[[Prefilled], None] = lambda doc: None
 
     @torch.inference_mode()
     def prefill(self, *items: Encoded) -> Prefilled:
@@ -108,6 +114,7 @@ class Cutter:
         self._forward(doc, prefix, None, 1, merge_media(items, self.device, self.dtype, prefix))
         with noting_entries(self.layers, doc.entries):
             (doc.reference,) = self._answers(doc, [({}, ())])
+        self.watch(doc)
         return doc
 
     def kl(self, doc: Prefilled, plan: Cut) -> tuple[float, int]:
@@ -136,6 +143,15 @@ class Cutter:
             for number, got in zip(numbers, self._answers(doc, [cuts[n] for n in numbers]), strict=True):
                 found[number] = doc.kl_from(got)
         return found
+
+    @contextmanager
+    def stressed(self, errors: float) -> Iterator[None]:
+        """Cuts whose errors are so many times as large as coding makes them."""
+        self.errors = errors
+        try:
+            yield
+        finally:
+            self.errors = 1.0
 
     @contextmanager
     def cut(self, doc: Prefilled, plan: Cut, dropped: Collection[Pair] = ()) -> Iterator[None]:
@@ -216,6 +232,7 @@ class Cutter:
                     doc.runs,
                     self.bases[side].get(index),
                     {(head, slabs) for head, kept in heads if (slabs := getattr(kept, side)) != raw},
+                    self.errors,
                 )
                 for side, x in stored.items()
             }

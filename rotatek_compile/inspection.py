@@ -6,10 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 from .artifact import IMAGE_TOKENS, Artifact
+from .cost_curves import plan_bytes
 from .errors import RotateKError
 from .knockout import diagnosis
 from .plan import SIDES, HeadPlan, Plan
-from .plan_words import level_words, mean_bits, segment_bytes, slab_words
+from .plan_words import level_words, mean_bits, slab_words
 
 BIT_KEYS = {"Keys": "key_bits", "Values": "value_bits"}  # of `sizes`
 
@@ -50,7 +51,7 @@ def sizes(artifact: Artifact) -> dict[str, Any] | None:
     return {f"{side}_bits": mean_bits(every) for side, every in sides.items()} | {
         "image_bytes": {
             "dense": artifact.geometry.dense_bytes_per_token() * IMAGE_TOKENS,
-            "compressed": sum(segment_bytes(slabs, dim, IMAGE_TOKENS) for every in sides.values() for slabs, dim in every),
+            "compressed": plan_bytes(artifact.geometry, plan, IMAGE_TOKENS, artifact.method.escape_ratio),
         }
     }
 

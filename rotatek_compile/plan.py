@@ -43,6 +43,11 @@ def plan_of(tensors: dict[str, Tensor], layers: tuple[int, ...]) -> Plan:
     return {i: [HeadPlan(Slabs(*key), Slabs(*value)) for key, value in zip(*both, strict=True)] for i, both in sides.items()}
 
 
+def escape_tokens(tokens: int, ratio: float) -> int:
+    """How many of a segment's tokens stay raw in every head: an even number, because stored segments are padded to one."""
+    return int(tokens * ratio) // 2 * 2
+
+
 def own_part_bytes(head: HeadPlan, dim: int) -> int:
     """Of one head of one segment beside its codes: fp16 means of coded sides and bf16 scales."""
     return sum(2 * (dim + slabs.scaled) for slabs in head if slabs.native != dim)

@@ -44,9 +44,14 @@ def segment_bytes(slabs: Slabs, dim: int, tokens: int) -> int:
     return slabs.bytes_per_token() * tokens + scale_bytes(slabs) + mean_bytes(slabs, dim)
 
 
-def promised_bytes(slabs: Slabs, dim: int, tokens: int) -> int:
-    """`segment_bytes` with the token of padding that an odd number of tokens has: what a budget must have room for."""
-    return segment_bytes(slabs, dim, tokens) + (0 if slabs.native == dim else slabs.bytes_per_token())
+def promised_bytes(slabs: Slabs, dim: int, tokens: int, escape_ratio: float = 0.0) -> int:
+    """`segment_bytes` with the token of padding that an odd number of tokens has: what a budget must have room for.
+
+    Args:
+        escape_ratio: share of the tokens that have no codes; what they take raw is not counted here, because it is the same for all slabs.
+    """
+    padding = 0 if slabs.native == dim else slabs.bytes_per_token()
+    return segment_bytes(slabs, dim, tokens) + padding - int(escape_ratio * tokens * slabs.bytes_per_token())
 
 
 def mean_bits(sides: Iterable[tuple[Slabs, int]]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import allocate as allocation
 from .allocate import Choice, Menus
 from .artifact_config import Method
-from .cost_curves import SEGMENT, TRUST, Curves, curves_of, dense_bytes, energy_curves, plan_bytes
+from .cost_curves import READINGS, SEGMENT, Curves, curves_of, dense_bytes, energy_curves, plan_bytes
 from .errors import UsageError
 from .geometry import Geometry
 from .kernels.slabs import Slabs
@@ -38,22 +38,22 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What is known of the heads: expected KL by what they keep, the same read with less trust, relative distortion."""
+    """What is known of the heads: expected KL by what they keep, the same read in other ways, relative distortion."""
 
     expected: Curves
-    cautious: Curves
+    readings: tuple[Curves, ...]
     energy: Curves
 
     @classmethod
     def of(cls, geometry: Geometry, levels: tuple[Slabs, ...], sensitivities: Spectra, spectra: Spectra) -> Costs:
         """From measured sensitivities (those of the Values may be missing) and spectra, by side and layer."""
         expected = curves_of(geometry, levels, sensitivities, spectra)
-        cautious = curves_of(geometry, levels, sensitivities, spectra, TRUST, 0.0)
-        return cls(expected, cautious, energy_curves(geometry, spectra))
+        readings = tuple(curves_of(geometry, levels, sensitivities, spectra, *reading) for reading in READINGS)
+        return cls(expected, readings, energy_curves(geometry, spectra))
 
     def by(self, name: str) -> tuple[Curves, ...]:
         """The currencies of an allocation, the most trusted first."""
-        return (self.energy,) if name == "energy" else (self.expected, self.cautious)
+        return (self.energy,) if name == "energy" else (self.expected, *self.readings)
 
 
 def searches_for(geometry: Geometry, costs: Costs, method: Method) -> list[Search]:
@@ -73,16 +73,17 @@ def searches_for(geometry: Geometry, costs: Costs, method: Method) -> list[Searc
 
 
 def searches_of_bytes(geometry: Geometry, costs: Costs, method: Method, share: float) -> list[Search]:
-    """Searches for the best plan whose 512-token segments take at most a share of the dense bytes.
+    """Searches for the best plan whose 512-token segments take at most a share of the dense bytes, escape tokens included.
 
     Raises:
         UsageError: no plan is that small.
     """
-    refuse_too_small(geometry, share)
-    bits = method.key_bits, method.value_bits
-    menus = (allocation.menus_of_bytes(geometry, curves, *bits) for curves in costs.by(method.allocation))
-    uniform = allocation.same_everywhere(geometry, costs.energy, share, *bits)
-    return [Search(menu, int(share * dense_bytes(geometry) * (1 + 1e-12)), uniform) for menu in menus]
+    refuse_too_small(geometry, share, method.escape_ratio)
+    how = method.key_bits, method.value_bits, method.escape_ratio
+    menus = (allocation.menus_of_bytes(geometry, curves, *how) for curves in costs.by(method.allocation))
+    uniform = allocation.same_everywhere(geometry, costs.energy, share, *how)
+    budget = int((share - method.escape_ratio) * dense_bytes(geometry) * (1 + 1e-12))
+    return [Search(menu, budget, uniform) for menu in menus]
 
 
 def uniform_of(geometry: Geometry, method: Method) -> Plan:
@@ -95,21 +96,22 @@ def uniform_of(geometry: Geometry, method: Method) -> Plan:
     }
 
 
-def smallest_share(geometry: Geometry) -> float:
-    """The smallest budget: no direction at all, which still needs the means."""
+def smallest_share(geometry: Geometry, escape_ratio: float = 0.0) -> float:
+    """The smallest budget: no direction at all, which still needs the means, and the tokens that stay raw."""
     nothing = allocation.same_slabs(geometry, Slabs(), Slabs())
-    return plan_bytes(geometry, nothing) / dense_bytes(geometry)
+    return plan_bytes(geometry, nothing) / dense_bytes(geometry) + escape_ratio
 
 
-def refuse_too_small(geometry: Geometry, share: float) -> None:
+def refuse_too_small(geometry: Geometry, share: float, escape_ratio: float = 0.0) -> None:
     """Refuse a budget that no plan meets.
 
     Raises:
         UsageError: with the smallest budget that can be met.
     """
-    if share < (least := smallest_share(geometry)):
+    if share < (least := smallest_share(geometry, escape_ratio)):
+        what = "means and escape tokens" if escape_ratio else "means"
         raise UsageError(
-            f"--kv-budget {share:g} is too small: the means of a segment of {SEGMENT} tokens alone take {least:.4g} of its dense bytes; "
+            f"--kv-budget {share:g} is too small: the {what} of a segment of {SEGMENT} tokens alone take {least:.4g} of its dense bytes; "
             f"use at least that"
         )
 

@@ -29,7 +29,7 @@ class CodingBasis:
 
 
 def recoded(
-    x: Tensor, runs: Sequence[Run], basis: CodingBasis | None, wanted: Collection[tuple[int, Slabs]]
+    x: Tensor, runs: Sequence[Run], basis: CodingBasis | None, wanted: Collection[tuple[int, Slabs]], errors: float = 1.0
 ) -> dict[tuple[int, Slabs], Tensor]:
     """Heads of x [B, Hkv, T, D] with every run rebuilt from its own mean and the codes of its directions: [B, T, D] by (head, slabs).
 
@@ -38,6 +38,7 @@ def recoded(
     Args:
         runs: the segments.
         basis: may be None where no slabs have a direction.
+        errors: the difference to x is so many times as large.
     """
     heads = sorted({head for head, _ in wanted})
     most = max((slabs.rank for _, slabs in wanted), default=0)
@@ -61,6 +62,8 @@ def recoded(
                 parts = ((16, 0, first), (8, first, second), (4, second, slabs.rank))
                 kept = torch.cat([codes[size][place, :, a:b] for size, a, b in parts if a < b], -1)
                 whole = whole + kept @ decode[place, :, : slabs.rank].mT
+            if errors != 1:
+                whole = some[place] + errors * (whole - some[place])
             rebuilt[row, start:end] = whole.to(x.dtype)
     return out
 

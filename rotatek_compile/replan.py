@@ -11,6 +11,7 @@ from .names import check_fraction
 from .plan import SIDES, Plan, plan_tensors
 from .planning import Costs, searches_for, spectra_of, stated, uniform_of
 
+MOST_ESCAPED = 0.5  # of a budget that the escape tokens of another one may take
 VALUE_SHARE = 0.5  # of the dense bytes, for Values that are stored as they are
 
 
@@ -23,7 +24,8 @@ def replanned(artifact: Artifact, keep_ratio: float | None = None, kv_budget: fl
     Args:
         keep_ratio: fraction of Key directions kept, mean over heads, in (0, 1]; at the precision the artifact was compiled for, or native
             where it was compiled for a budget of bytes.
-        kv_budget: fraction of the dense bytes of Keys and Values that a segment of 512 tokens may take, scales and means included. For
+        kv_budget: fraction of the dense bytes of Keys and Values that a segment of 512 tokens may take, scales, means and escape tokens
+            included; the artifact's escape ratio stays, unless it would take over half of a smaller budget (a warning says so). For
             an artifact without sensitivities of the Values they stay raw and take half of it: b keeps 2 b - 1 of the native Key
             directions, means left out.
 
@@ -55,6 +57,12 @@ def _with_budget(method: Method, keep_ratio: float | None, kv_budget: float | No
     if kv_budget is not None:
         mixed = method.kv_budget is not None  # compiled for bytes: perhaps at chosen bits
         bits = (method.key_bits, method.value_bits) if mixed else ("auto", "auto")
+        if method.escape_ratio > MOST_ESCAPED * kv_budget:
+            warnings.warn(
+                f"{method.escape_ratio:.4g} of the tokens raw would take most of --kv-budget {kv_budget:g}: this plan has no escape tokens",
+                stacklevel=4,
+            )
+            method = replace(method, escape_ratio=0.0)
         return replace(method, kv_budget=kv_budget, max_kl=None, key_bits=bits[0], value_bits=bits[1])
     assert keep_ratio is not None
     if method.kv_budget is not None:

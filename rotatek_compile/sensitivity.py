@@ -6,6 +6,7 @@ heads are compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,12 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batches import Encoded
-from .cutter import Cutter, Prefilled
+from .cost_curves import distortions
+from .cutter import Cut, Cutter, Pair, Prefilled
 from .kernels.slabs import NIBBLE_UNIT, UNIT, Slabs
 from .parallel import Processes
-from .plan import HeadPlan, Plan
+from .plan import SIDES, HeadPlan, Plan
 
 T = TypeVar("T")
+STRESS, STRESS_WEIGHT = 2.0, 1 / 16  # how many times the errors, and what KL counts for there: a quarter of itself where KL is quadratic
+WORST = 2  # batches of documents that say which heads a plan gives too little
 NOTHING = 1e-6  # nats per answer token: what costs less without any direction is not measured with some
 
 
@@ -38,8 +42,8 @@ def levels_for(head_dim: int) -> tuple[Slabs, ...]:
 @dataclass(frozen=True, slots=True)
 class Sensitivities:
     """`key`, `value`: by layer, KL per answer token when that side of one head alone is cut to each level, fp32 [Hkv, levels]. `bounded`:
-    the share of all (document, head, side, level) whose figure is not its own but that of a lower level, because that one already cost at
-    most `NOTHING`."""
+    the share of all (document, head, side, level) whose figure is not measured but follows from a lower level, because that one already
+    cost at most `NOTHING`."""
 
     key: dict[int, Tensor]
     value: dict[int, Tensor]
@@ -51,9 +55,9 @@ def measure(
 ) -> Sensitivities:
     """KL per answer token when the Keys or the Values of one head alone are cut.
 
-    Levels are measured upwards. Where a document's answer loses at most `NOTHING` nats per token at one level, its higher levels are
-    given that figure instead of being measured: more directions cost less but for noise of that size, so it is an upper bound, and no
-    allocation looks at differences that small.
+    Levels are measured upwards. Where a document's answer loses at most `NOTHING` nats per token at one level, its higher levels are not
+    measured: there is little left to know, and small losses fall in proportion to the energy that is discarded (cost_curves.py). A
+    generous budget is spent on losses of that size, so they are not taken for equal.
 
     Args:
         levels: what is kept, ascending.
@@ -92,9 +96,10 @@ def _one_layer(cutter: Cutter, doc: Prefilled, layer: int, heads: int, levels: S
     found = torch.zeros(2 * heads, len(levels), len(doc.items), dtype=torch.float64)
     own = torch.zeros_like(found, dtype=torch.bool)
     open_ = torch.ones(2 * heads, len(doc.items), dtype=torch.bool)
+    fall = _fall(cutter, layer, heads, levels)
     for number, level in enumerate(levels):
         if number:
-            found[:, number] = found[:, number - 1]
+            found[:, number] = found[:, number - 1] * fall[:, number, None]
         own[:, number] = open_
         rows = open_.any(1).nonzero().flatten().tolist()
         if not rows:
@@ -107,15 +112,38 @@ def _one_layer(cutter: Cutter, doc: Prefilled, layer: int, heads: int, levels: S
     return found.view(shape), own.view(shape)
 
 
+def _fall(cutter: Cutter, layer: int, heads: int, levels: Sequence[Slabs]) -> Tensor:
+    """Energy that each level discards over that of the level before, at most 1: fp64 [2 Hkv, levels], Keys first."""
+    found = torch.ones(2 * heads, len(levels), dtype=torch.float64)
+    spectra = [cutter.spectra[side].get(layer) for side in SIDES]
+    for row in range(2 * heads):
+        if (spectrum := spectra[row // heads]) is not None:
+            lost = torch.from_numpy(distortions(spectrum[row % heads], levels))
+            found[row, 1:] = (lost[1:] / lost[:-1].clamp_min(1e-30)).clamp_max(1)
+    return found
+
+
 class JointCheck:
     """KL of whole plans on prefilled documents, which several processes may share: the main one asks, the others answer with it."""
 
     def __init__(self, cutter: Cutter, docs: Sequence[Prefilled], together: Processes | None = None) -> None:
-        self.cutter, self.docs, self.together = cutter, docs, together or Processes()
+        self.cutter, self.docs, self.together = cutter, list(docs), together or Processes()
 
-    def __call__(self, plan: Plan) -> float:
-        """KL per answer token; asked by the main process, inside `lead`."""
-        return joint_kl(self.cutter, self.docs, self.together.broadcast(plan), self.together)
+    def __call__(self, plan: Plan, most: float = math.inf) -> float:
+        """KL per answer token, or some figure above `most` if it is above. This and what follows: asked by the main process in `lead`."""
+        return float(self._ask("kl", plan, most, False))
+
+    def stressed(self, plan: Plan, most: float = math.inf) -> float:
+        """KL per answer token and `STRESS_WEIGHT` times that of twice the errors; as `joint_kl` has it."""
+        return float(self._ask("kl", plan, most, True))
+
+    def relief(self, plan: Plan) -> dict[Pair, float]:
+        """By head, the share of KL at twice the errors that being raw would save on the documents that were worst when last all were read.
+
+        A plan that is improved is the one that was read to the end last.
+        """
+        found: dict[Pair, float] = self._ask("relief", plan)
+        return found
 
     def lead(self, search: Callable[[], T]) -> T:
         """What `search` finds in the main process, in all of them. One that decides keeps rounding from leading them apart."""
@@ -126,19 +154,75 @@ class JointCheck:
             return found
         while True:
             asked: Any = self.together.broadcast(None)
-            if isinstance(asked, tuple):
+            if asked[0] == "found":
                 result: T = asked[1]
                 return result
-            joint_kl(self.cutter, self.docs, asked, self.together)
+            self._answer(*asked)
+
+    def _ask(self, *question: Any) -> Any:
+        self.together.broadcast(question)
+        return self._answer(*question)
+
+    def _answer(self, what: str, plan: Plan, most: float = math.inf, stressed: bool = False) -> Any:
+        if what == "relief":
+            return relief_of(self.cutter, self.docs[:WORST], plan, self.together)
+        costs: list[float] = []
+        kl = joint_kl(self.cutter, self.docs, plan, self.together, most, stressed, costs)
+        if len(costs) == len(self.docs):  # the worst first: they say soonest that another plan costs more
+            self.docs = [self.docs[n] for n in sorted(range(len(costs)), key=lambda n: -costs[n])]
+        return kl
 
 
-def joint_kl(cutter: Cutter, docs: Sequence[Prefilled], plan: Plan, together: Processes | None = None) -> float:
-    """KL per answer token of a whole plan; with several processes `docs` are this one's share."""
-    cuts = {i: dict(enumerate(heads)) for i, heads in plan.items()}
-    parts = []
+def joint_kl(
+    cutter: Cutter,
+    docs: Sequence[Prefilled],
+    plan: Plan,
+    together: Processes | None = None,
+    most: float = math.inf,
+    stressed: bool = False,
+    costs: list[float] | None = None,
+) -> float:
+    """KL per answer token of a whole plan; with several processes `docs` are this one's share.
+
+    KL only adds up, so no more is read once the documents of one process have cost more than all may: the figure is then too low, but
+    above `most`.
+
+    Args:
+        stressed: add `STRESS_WEIGHT` times the KL at twice the errors. Where a plan is good, few of the documents say what is wrong with
+            it, and others than these will; at twice the errors more of them do.
+        costs: where to note what each document (a batch of them) cost, as far as they were read.
+    """
+    costs = [] if costs is None else costs
+    together = together or Processes()
+    tokens = float(together.sum(torch.tensor([sum(int(doc.scored.sum()) for doc in docs)])))
     for doc in docs:
-        with doc.at_home():
-            parts.append(cutter.kl(doc, cuts))
-    mine = torch.tensor([sum(kl for kl, _ in parts), sum(n for _, n in parts)], dtype=torch.float64)
-    kl, tokens = (together or Processes()).sum(mine).tolist()
-    return float(kl / max(tokens, 1))
+        costs.append(_cost(cutter, doc, _cuts(plan), stressed))
+        if sum(costs) > most * max(tokens, 1):
+            break
+    return float(together.sum(torch.tensor([sum(costs)], dtype=torch.float64))) / max(tokens, 1)
+
+
+def relief_of(cutter: Cutter, docs: Sequence[Prefilled], plan: Plan, together: Processes) -> dict[Pair, float]:
+    """`JointCheck.relief`, on these documents of each process."""
+    cuts = _cuts(plan)
+    pairs = [(i, h) for i, heads in cuts.items() for h in heads]
+    fewer = [{i: {h: kept for h, kept in heads.items() if (i, h) != pair} for i, heads in cuts.items()} for pair in pairs]
+    kl = torch.zeros(1 + len(pairs), dtype=torch.float64)
+    for doc in docs:
+        with doc.at_home(), cutter.stressed(STRESS):
+            kl += cutter.kl_each(doc, [(one, ()) for one in (cuts, *fewer)]).sum(1)
+    whole, *without = together.sum(kl).tolist()
+    return {pair: 1 - one / whole if whole > 0 else 0.0 for pair, one in zip(pairs, without, strict=True)}
+
+
+def _cost(cutter: Cutter, doc: Prefilled, cuts: Cut, stressed: bool) -> float:
+    with doc.at_home():
+        kl = cutter.kl(doc, cuts)[0]
+        if stressed:
+            with cutter.stressed(STRESS):
+                kl += STRESS_WEIGHT * cutter.kl(doc, cuts)[0]
+    return kl
+
+
+def _cuts(plan: Plan) -> dict[int, dict[int, HeadPlan]]:
+    return {i: dict(enumerate(heads)) for i, heads in plan.items()}

@@ -42,6 +42,17 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
     shell_complete=one_of(BITS),
     help="Of Values: native, 8 or 4 (all directions), or auto with --kv-budget or --max-kl. Default: native with --keep-ratio, else auto.",
 )
+@click.option(
+    "--escape-ratio",
+    type=float,
+    help="Fraction of an image's tokens that stay raw, those whose codes lose most. Default: chosen with --kv-budget or --max-kl, else 0.",
+)
+@click.option(
+    "--prior-tokens",
+    type=int,
+    help="What calibration counts for, in tokens, where an image gets a basis of its own; 0: never. Default: chosen with a budget of "
+    "bytes, else 256.",
+)
 @click.option("--basis", default="two-sided", show_default=True, shell_complete=one_of(BASES), help="two-sided, pca or paper.")
 @click.option(
     "--allocation",

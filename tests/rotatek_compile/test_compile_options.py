@@ -7,7 +7,7 @@ import pytest
 from rotatek_compile import CompileOptions, compile_artifact
 from rotatek_compile.artifact import read_artifact
 from rotatek_compile.compiler import shared_out
-from rotatek_compile.cost_curves import dense_bytes, plan_bytes
+from rotatek_compile.cost_curves import dense_bytes, needed_share, plan_bytes
 from rotatek_compile.errors import UsageError
 from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.replan import replanned
@@ -40,6 +40,10 @@ def test_bits_follow_the_budget():
         ({"key_bits": "2"}, "unknown --key-bits '2'; choose one of native, 8, 4, auto"),
         ({"value_bits": "auto"}, "--value-bits auto comes with --kv-budget or --max-kl"),
         ({"method": "int4", "value_bits": "8"}, "--value-bits comes with --method rotatek"),
+        ({"escape_ratio": 0.5}, "--escape-ratio 0.5 is out of range; it is a fraction of an image's tokens, from 0 to 0.25"),
+        ({"escape_ratio": float("nan")}, "--escape-ratio nan is out of range"),
+        ({"prior_tokens": -1}, "--prior-tokens -1 is out of range; it must be at least 0"),
+        ({"method": "int4", "escape_ratio": 0.0}, "--escape-ratio comes with --method rotatek"),
         ({"allocation": "greedy"}, "choose one of allocated, uniform, energy"),
         ({"sensitivity_samples": 0}, "--sensitivity-samples 0 is out of range; it must be at least 1"),
         ({"sensitivity_samples": 65}, "--sensitivity-samples 65 are more documents than --num-samples 64; raise that"),
@@ -103,7 +107,7 @@ def test_a_budget_of_bytes(compile_with, allocation):
     assert entry["kl_when_knocked_out"] == entry["key_kl_when_cut"][0]
     assert 0 <= entry["value_energy_kept"] <= 1 and entry["key_expected_squared_error"] > 0
     if allocation == "allocated" and artifact.report["plan_swaps"] == 0:  # replanning spends as compiling did
-        assert replanned(artifact, kv_budget=0.125).plan() == artifact.plan() or artifact.report["plan_kl"] > 1e-4
+        assert replanned(artifact, kv_budget=0.125).plan() == artifact.plan() or artifact.report["plan_kl"] > 1e-6
 
 
 def test_a_bound_on_kl(compile_with):
@@ -150,3 +154,36 @@ def test_dry_runs(cli, checkpoint, data_file, tmp_path):
     assert (
         "Values at 8 bits" in (said := cli(*ask, "--value-bits", "8", "--key-bits", "4").out) and "768 dense, about 240 compressed" in said
     )
+
+
+def test_escape_tokens_and_own_bases_are_chosen(compile_with, monkeypatch):
+    """Four documents are too few to choose by, unless one says so; what is chosen is in the artifact, and within its budget."""
+    _, artifact = compile_with(kv_budget=0.25)
+    assert (artifact.method.escape_ratio, artifact.method.prior_tokens) == (0, 0)
+    assert artifact.report["coding"] == {"documents": 4, "escape_ratio": 0, "prior_tokens": 0, "tried": []}
+    monkeypatch.setattr("rotatek_compile.coding_choice.ENOUGH_DOCUMENTS", 1)
+    monkeypatch.setattr("rotatek_compile.coding_choice.GOOD_ENOUGH", 0.0)
+    monkeypatch.setattr("rotatek_compile.coding_choice.CodingChoice._ratio", lambda self, trial, simple: (0.0, 0.5))
+    said, artifact = compile_with(kv_budget=0.25)
+    coding = artifact.report["coding"]
+    assert coding["tried"][0]["kl"] > 0 and coding["documents"] == 4
+    best = min((t for t in coding["tried"] if t["kl"] is not None), key=lambda t: t["kl"])
+    assert (coding["escape_ratio"], coding["prior_tokens"]) == (best["escape_ratio"], best["prior_tokens"])
+    assert (artifact.method.escape_ratio, artifact.method.prior_tokens) == (best["escape_ratio"], best["prior_tokens"])
+    assert artifact.report["plan_kl"] == pytest.approx(best["kl"], rel=0.05)
+    assert said["plan"]["share"] <= 0.25 and "escapes_and_bases" in said["seconds"]
+
+
+@pytest.mark.parametrize("budget", [{"kv_budget": 0.125}, {"max_kl": 0.01}, {"keep_ratio": 0.5}])
+def test_forced_escape_tokens(compile_with, budget):
+    said, artifact = compile_with(**budget, escape_ratio=1 / 64, prior_tokens=32)
+    method, geometry = artifact.method, artifact.geometry
+    assert (method.escape_ratio, method.prior_tokens) == (1 / 64, 32)
+    if "keep_ratio" in budget:
+        assert artifact.report["coding"] is None and sum(head.key.rank for head in heads_of(artifact)) == 6 * 16
+        return
+    assert needed_share(geometry, artifact.plan(), 1 / 64) <= method.kv_budget * (1 + 1e-9)
+    assert said["plan"]["share"] == plan_bytes(geometry, artifact.plan(), escape_ratio=1 / 64) / dense_bytes(geometry) > 1 / 64
+    assert "0.01562 of the tokens raw" in said["plan"]["setting"]
+    codes = sum(head.bytes_per_token for head in heads_of(artifact))
+    assert said["kv_bytes_per_token"]["compressed"] == pytest.approx(codes * 63 / 64 + 768 / 64)

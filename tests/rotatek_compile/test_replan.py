@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rotatek_compile.artifact import Artifact, Method
-from rotatek_compile.cost_curves import dense_bytes, plan_bytes
+from rotatek_compile.cost_curves import dense_bytes, needed_share, plan_bytes
 from rotatek_compile.errors import UsageError
 from rotatek_compile.geometry import Geometry, LayerGeometry
 from rotatek_compile.kernels.slabs import Slabs
@@ -77,6 +77,19 @@ def test_a_budget_of_bytes(share):
     assert made.method.keep_ratio == pytest.approx(sum(head.key.rank for head in heads) / (4 * DIM), abs=1e-4)
     if share == 1 / 8:
         assert made.plan()[0][1].bytes_per_token > made.plan()[1][0].bytes_per_token
+
+
+@pytest.mark.parametrize("share", [1 / 16, 1 / 8, 1 / 2])
+def test_escape_tokens_are_paid_for(share):
+    """The ratio of the artifact stays, and codes get what it leaves."""
+    made = replanned(artifact(values=True, escape_ratio=1 / 64), kv_budget=share)
+    assert made.method.escape_ratio == 1 / 64 and made.method.kv_budget == share
+    assert needed_share(SHAPE, made.plan(), 1 / 64) <= share
+    assert made.bytes_per_token() < replanned(artifact(values=True), kv_budget=share).bytes_per_token() * 1.02
+    codes = sum(head.bytes_per_token for heads in made.plan().values() for head in heads)
+    assert made.bytes_per_token() == codes * 63 / 64 + SHAPE.dense_bytes_per_token() / 64
+    with pytest.warns(UserWarning, match="0.01562 of the tokens raw would take most of --kv-budget 0.03: this plan has no escape tokens"):
+        assert replanned(made, kv_budget=0.03).method.escape_ratio == 0
 
 
 def test_from_bytes_to_a_ratio_and_back():

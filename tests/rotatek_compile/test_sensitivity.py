@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from rotatek_compile.bases import pca
+from rotatek_compile.cost_curves import distortions
 from rotatek_compile.cutter import Cutter
 from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.plan import HeadPlan
-from rotatek_compile.sensitivity import joint_kl, levels_for, measure
+from rotatek_compile.recoding import recoded
+from rotatek_compile.sensitivity import JointCheck, joint_kl, levels_for, measure
 
 RAW, NONE = Slabs(32), Slabs()
 LEVELS = (NONE, Slabs(8), Slabs(nibble=16))
@@ -184,14 +186,16 @@ def test_layers_below_a_cut_are_not_run_again(cutter, documents, monkeypatch):
 
 
 def test_what_costs_nothing_is_not_measured_further(cutter, make_silent, documents, monkeypatch):
-    """Of the silent head only the lowest level is measured; the others are given its figure, and the share of such figures is told."""
+    """Of the silent head only the lowest level is measured; the others fall with what they discard, and the share of such is told."""
     c, asked, kl_each = cutter(make_silent), [], Cutter.kl_each
     monkeypatch.setattr(Cutter, "kl_each", lambda self, doc, cuts: asked.extend(cuts) or kl_each(self, doc, cuts))
     found = measure(c, documents[:2], LEVELS, True)
     silent = [plan for plan, _ in asked if list(plan) == [2] and list(plan[2]) == [1]]
     assert silent == [{2: {1: only_keys(0)}}, {2: {1: only_values(0)}}] * 2
     assert found.bounded == pytest.approx(2 / 18)  # two of the silent head's three levels, of six heads
-    assert found.key[2][1].unique().numel() == found.value[2][1].unique().numel() == 1
+    for side, table in (("key", found.key), ("value", found.value)):
+        lost = distortions(c.spectra[side][2][1], LEVELS)
+        assert table[2][1].tolist() == pytest.approx([float(table[2][1, 0]) * share for share in lost], rel=1e-4) and lost[2] < lost[1] < 1
     assert (found.key[1].diff() != 0).all() and (found.value[1].diff() != 0).all()
 
 
@@ -205,3 +209,49 @@ def test_parked_documents_count_the_same(cutter, documents):
     parked = [layer.keys for layer in doc.cache.layers]
     assert joint_kl(c, [doc], plan) == before > 1e-4
     assert all(layer.keys is keys for layer, keys in zip(doc.cache.layers, parked, strict=True))
+
+
+def test_a_plan_that_costs_too_much_is_not_read_to_the_end(cutter, documents, monkeypatch):
+    c = cutter()
+    docs = [c.prefill(item) for item in documents]
+    plan = {i: [only_keys(8), only_values(8)] for i in range(3)}
+    read, kl = [], Cutter.kl
+    monkeypatch.setattr(Cutter, "kl", lambda self, doc, cuts: read.append(doc) or kl(self, doc, cuts))
+    whole = joint_kl(c, docs, plan)
+    assert len(read) == 5 and joint_kl(c, docs, plan, most=whole) == whole and len(read) == 10
+    assert whole > joint_kl(c, docs, plan, most=whole / 10) > whole / 10 and len(read) < 14
+    check = JointCheck(c, docs)
+    assert check.lead(lambda: check(plan)) == whole and check(plan, whole / 10) > whole / 10
+
+
+def test_stress(cutter, documents):
+    """At twice the errors, x + 2 (coded - x): what a plan costs there counts beside what it costs."""
+    c = cutter()
+    docs = [c.prefill(*documents[:2]), c.prefill(documents[2])]
+    plan = {i: [HeadPlan(Slabs(nibble=32), Slabs(8, 8, 16))] * 2 for i in range(3)}
+    x, wanted = docs[0].cache.layers[1].keys, {(0, Slabs(nibble=32))}
+    once, twice = (recoded(x, docs[0].runs, c.bases["key"][1], wanted, errors)[0, Slabs(nibble=32)] for errors in (1.0, 2.0))
+    assert torch.allclose(twice - x[:, 0], 2 * (once - x[:, 0]), atol=1e-5) and not torch.equal(once, x[:, 0])
+    check = JointCheck(c, docs)
+    plain = check(plan)
+    with c.stressed(2.0):
+        at_twice = check(plan)
+    assert 3 * plain < at_twice < 5 * plain and c.errors == 1
+    assert check.stressed(plan) == pytest.approx(plain + at_twice / 16, rel=1e-6)
+
+
+def test_relief_is_what_a_raw_head_saves(cutter, documents, monkeypatch):
+    monkeypatch.setattr("rotatek_compile.sensitivity.WORST", 1)
+    c = cutter()
+    docs = [c.prefill(item) for item in documents[:2]]
+    plan = {i: [only_keys(8), HeadPlan(Slabs(nibble=16), Slabs(nibble=16))] for i in range(3)} | {2: [HeadPlan(RAW, RAW), only_keys(0)]}
+    check = JointCheck(c, docs)
+    check.stressed(plan)  # says which document is the worst
+    found = check.relief(plan)
+    assert sorted(found) == [(i, h) for i in range(3) for h in range(2)] and abs(found[2, 0]) < 1e-5
+    with c.stressed(2.0):
+        costs = [c.kl(doc, {i: dict(enumerate(heads)) for i, heads in plan.items()})[0] for doc in docs]
+        without = [c.kl(doc, {0: {0: plan[0][0], 1: plan[0][1]}, 1: {0: plan[1][0]}, 2: {1: plan[2][1]}})[0] for doc in docs]
+    worst = max((0, 1), key=lambda n: costs[n])
+    assert check.docs[0] is docs[worst] and found[1, 1] == pytest.approx(1 - without[worst] / costs[worst], rel=1e-3)
+    assert abs(found[1, 1]) > 1e-3
