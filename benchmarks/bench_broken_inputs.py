@@ -3,48 +3,53 @@
     python benchmarks/bench_broken_inputs.py ARTIFACT --samples 60 --output broken.csv
     python benchmarks/bench_broken_inputs.py --print broken.csv
 
+    python benchmarks/bench_broken_inputs.py ARTIFACT --values DIR --shard 2/8                   # one process of eight
+    python benchmarks/bench_broken_inputs.py --merge DIR/*.jsonl --output broken.csv             # all eight together
+
 Every document is read as it is and with its pages changed: colours inverted, strong noise, mirrored print, other glyphs (every small cell
 of the page transposed), blank pages, random pixels. For each the exact match of ours and of the dense model on the same changed pages, the
-KL between them, how many answers are the same text, how many heads fell back and how far the Keys lie from the calibrated directions.
+KL between them, how many answers are the same text, and of how many documents something is said: heads fell back, or the warning came that
+the Keys lie off the calibrated directions. Documents are read one at a time, so that what is said is said of one.
 
-A row is good where ours is within 0.02 of dense, heads fell back, or the drift is such that a warning is given; the exit status is 1 if a
-row is neither. A dense model that answers nothing right cannot lose answers, so read the KL and the share of equal answers there.
+A row is good where ours is within 0.02 of dense on the documents of which nothing is said; the exit status is 1 if a row is not. A dense
+model that answers nothing right cannot lose answers, so read the KL and the share of equal answers there.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
+from measuring import Rows, add_run_options, add_table_options, ended, opened, record_of, show_table, versions
 from PIL import Image, ImageOps
+from shards import Shard, Values, read_values
+from sure_answers import SureEvaluator
 
 from rotatek_compile.api import base_source, load_base
 from rotatek_compile.artifact import read_artifact
 from rotatek_compile.batches import end_ids, rope_index
-from rotatek_compile.calibration_data.errors import DataError
-from rotatek_compile.calibration_data.registry import open_data
 from rotatek_compile.calibration_data.sample import Sample
 from rotatek_compile.documents import Documents, usable
-from rotatek_compile.errors import RotateKError, UsageError
-from rotatek_compile.evaluate import Evaluator, evaluate
+from rotatek_compile.errors import UsageError
+from rotatek_compile.evaluate import evaluate
 from rotatek_compile.methods import ARTIFACT, DENSE
+from rotatek_compile.names import ASK
 from rotatek_compile.outcomes import Row, exact_match_loss
 from rotatek_compile.replan import replanned
 from rotatek_compile.runtime.cache import RotateKCache
 from rotatek_compile.runtime.enable import enable
-from rotatek_compile.runtime.monitor import DRIFT
 
 ALLOWED = 0.02  # of exact match
 NOISE = 90.0  # standard deviation in grey levels
 CELL = 4  # pixels: smaller than any glyph, so that strokes change and lines stay
+FAR_OFF, CALIBRATED = ("deviation", "angle"), ("usual_deviation", "calibrated_angle")  # as `RotateKCache.stats` calls them
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -83,38 +88,26 @@ def broken(sample: Sample, change: Change, seed: int) -> Sample:
     return replace(sample, images=tuple(change(page, random) for page in sample.images))
 
 
-class Watch:
-    """Keeps the caches of a batch until their statistics are read."""
-
-    def __init__(self, active: enable) -> None:
-        self.active = active
-        self.caches: list[RotateKCache] = []
-        self.angles: list[tuple[float, float]] = []
-
-    def make(self) -> RotateKCache:
-        cache = self.active.new_cache()
-        self.caches.append(cache)
-        return cache
-
-    def read(self, number: int, found: Any) -> None:
-        """After every batch: its angle and the calibrated one."""
-        for cache in self.caches:
-            stats = cache.stats()
-            if stats["angle"] is not None:
-                self.angles.append((stats["angle"], stats["calibrated_angle"]))
-        self.caches = []
-
-    def worst(self) -> tuple[float, float] | None:
-        """Of the batch that lies farthest beyond its calibrated angle."""
-        return max(self.angles, key=lambda pair: pair[0] - pair[1]) if self.angles else None
+def said_of(cache: RotateKCache) -> dict[str, Any]:
+    """What the report of one cache says: how many heads fell back, how unlike the calibration its pages are, whether a warning came."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache.check_drift()
+    stats = cache.stats()
+    return {name: stats.get(name) for name in ("fallback_heads", *FAR_OFF, *CALIBRATED)} | {"warned": cache.drift_said}
 
 
-def row_of(words: str, dense: Row, ours: Row, angles: tuple[float, float] | None) -> dict[str, Any]:
-    """One line of the table, and whether it is good."""
+def row_of(words: str, dense: Row, ours: Row, said: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the table, and whether it is good; `said` of each document, as `said_of`."""
     loss, (low, high) = exact_match_loss(dense, ours)
-    own, fallback = ours.accuracy(), ours.sizes()["fallback_heads"]
-    warned = angles is not None and angles[0] - angles[1] > DRIFT
-    same = sum(a == b for a, b in zip(dense.texts, ours.texts, strict=True)) / max(ours.samples, 1)
+    own, count = ours.accuracy(), max(ours.samples, 1)
+    silent = [not one["fallback_heads"] and not one["warned"] for one in said]
+    lost = [a.exact - b.exact for a, b, unsaid in zip(dense.outcomes, ours.outcomes, silent, strict=True) if unsaid]
+    known = [name for name in FAR_OFF if any(one[name] is not None for one in said)]
+    worst = (
+        max(said, key=lambda one: one[known[0]] if one[known[0]] is not None else -1.0) if known else dict.fromkeys(FAR_OFF + CALIBRATED)
+    )
+    same = sum(a == b for a, b in zip(dense.texts, ours.texts, strict=True)) / count
     span = sum(o.bytes["span"] for o in ours.outcomes) / max(sum(o.bytes["span_dense"] for o in ours.outcomes), 1)
     return {
         "pages": words,
@@ -129,63 +122,76 @@ def row_of(words: str, dense: Row, ours: Row, angles: tuple[float, float] | None
         "kl_high": own["kl_interval"][1],
         "same_answers": same,
         "span": span,
-        "fallback_heads": fallback,
-        "angle": angles[0] if angles else "",
-        "calibrated_angle": angles[1] if angles else "",
-        "warned": int(warned),
-        "good": int(abs(loss) <= ALLOWED or fallback > 0 or warned),
+        "fallback_heads": ours.sizes()["fallback_heads"],
+        "fell_back": sum(one["fallback_heads"] > 0 for one in said) / count,
+        "warned_of": sum(one["warned"] for one in said) / count,
+        **{name: "" if worst[name] is None else worst[name] for name in FAR_OFF + CALIBRATED},
+        "silent_loss": sum(lost) / count,
+        "good": int(abs(sum(lost)) <= ALLOWED * count),
     }
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All changes of the same documents."""
-    artifact = read_artifact(args.artifact)
+def measure(args: argparse.Namespace) -> Values:
+    """This process's documents with every change."""
+    began, artifact, shard = time.monotonic(), read_artifact(args.artifact), Shard.parse(args.shard)
     if artifact.method.rival:
         raise UsageError(f"{args.artifact} was compiled for {artifact.method.rival}, which has no fallback; pass one of our own method")
     if args.kv_budget:
         artifact = replanned(artifact, kv_budget=args.kv_budget)
-    data = open_data(args.data, "evaluation", args.seed)
+    data = opened(args.data, args.seed)
     places = usable(data, args.samples, artifact.geometry.text_only)
     model, processor = load_base(artifact, model=args.model, dtype=args.dtype, device=args.device)
     eos, rope = end_ids(model), rope_index(model)
-    evaluator = Evaluator(model, processor, args.ask, eos, args.max_new_tokens)
-    source, place = base_source(artifact, args.model), evaluator.device
-    record = {
-        "model": Path(source.name).name if source.is_local else source.name,
-        "data": args.data,
-        "budget": artifact.method.kv_budget or "",
-        "fallback_factor": artifact.method.fallback_factor,
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-        "dtype": str(evaluator.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    rows = []
+    evaluator = SureEvaluator(model, processor, args.ask, eos, args.max_new_tokens)
+    record = record_of(base_source(artifact, args.model), args.data, evaluator.device, evaluator.dtype)
+    record |= {"budget": artifact.method.kv_budget or ""}
     with enable(model, artifact, backend=args.backend, fallback=not args.no_fallback) as active:
         record["fallback_factor"] = active.artifact.method.fallback_factor
-        for words, change in CHANGES.items():
-            changed = replace(data, sample=lambda n, change=change: broken(data.sample(n), change, args.seed))
-            items = Documents(changed, places, processor, artifact.geometry, eos[0], rope)
-            watch = Watch(active)
-            methods = {DENSE: evaluator.dense_cache, ARTIFACT: watch.make}
-            dense, ours = evaluate(evaluator, items, methods, args.batch_size, quiet=True, keep=watch.read)
-            rows.append(row_of(words, dense, ours, watch.worst()) | record)
-            print(f"{words}: dense {rows[-1]['dense']:.3f}, ours {rows[-1]['ours']:.3f}", file=sys.stderr, flush=True)
+        header = {"record": record, "ask": args.ask, "batch_size": args.batch_size, "ids": data.hash_ids(list(places.values()))}
+        values = Values.begin(header, shard.file(args.values, "broken") if args.values else None)
+        loaded = time.monotonic()
+        for done, (number, some) in enumerate(shard.batches(len(places), args.batch_size), 1):
+            found, note = {}, {}
+            for words, change in CHANGES.items():
+                changed = replace(data, sample=lambda n, change=change: broken(data.sample(n), change, args.seed))
+                items = Documents(changed, list(places)[some], processor, artifact.geometry, eos[0], rope)
+                made: list[RotateKCache] = []
+                methods = {DENSE: evaluator.dense_cache, ARTIFACT: lambda made=made: made.append(active.new_cache()) or made[-1]}
+                rows = evaluate(evaluator, items, methods, args.batch_size)
+                found |= {f"{words}: {row.method}": row.outcomes for row in rows}
+                note[words] = said_of(made[0])
+            values.add(number, found, note)
+            spent, spent_here = time.monotonic() - began, time.monotonic() - loaded
+            print(f"broken {args.shard}: {values.documents} documents in {spent:.0f} s", file=sys.stderr, flush=True)
+            if args.seconds and spent + spent_here / done > args.seconds:
+                break
+    return values
+
+
+def table(values: Values) -> Rows:
+    """One row for each change."""
+    rows = []
+    for words in CHANGES:
+        dense, ours = (values.row(f"{words}: {method}", method) for method in (DENSE, ARTIFACT))
+        sizes = [(number, len(values.batches[number][f"{words}: {DENSE}"])) for number in sorted(values.batches)]
+        said = [values.notes[number][words] for number, size in sizes for _ in range(size)]  # of a batch, so of each of its documents
+        rows.append(row_of(words, dense, ours, said) | values.header["record"])
     return rows
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Rows) -> str:
     """The table of one model."""
     first = rows[0]
     budget = f"KV budget {float(first['budget']):.4g}" if first["budget"] else "the artifact's keep ratio"
-    versions = f"{first['device']}, {first['dtype']}, torch {first['torch']}, transformers {first['transformers']}"
     guard = f"fallback factor {float(first['fallback_factor']):g}"
-    lines = [f"{first['model']}, {first['documents']} documents of {first['data']}, {budget}, {guard}, {versions}", ""]
+    lines = [f"{first['model']}, {first['documents']} documents of {first['data']}, {budget}, {guard}, {versions(first)}", ""]
     columns = ("pages", "dense", "ours", "dense less ours", "KL per token", "same answers", "coded span", "heads that fell back",
-               "angle (calibrated)", "drift warning")  # fmt: skip
+               "documents that fell back", "warned of", "dense less ours where nothing is said", "largest deviation (usual)",
+               "its angle (calibrated)")  # fmt: skip
     lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
         angle = f"{float(row['angle']):.0f}° ({float(row['calibrated_angle']):.0f}°)" if row["angle"] != "" else "-"
+        unlike = f"{float(row['deviation']):.2f} ({float(row['usual_deviation']):.2f})" if row.get("deviation", "") != "" else "-"
         loss, low, high, kl = (float(row[name]) for name in ("loss", "loss_low", "loss_high", "kl"))
         cells = [
             row["pages"],
@@ -194,52 +200,44 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"{loss:.3f} [{low:.3f}, {high:.3f}]",
             f"{kl:.1e}",
         ]
-        cells += [f"{float(row['same_answers']):.3f}", f"{float(row['span']):.4f}", str(row["fallback_heads"]), angle]
-        lines.append(f"| {' | '.join([*cells, 'yes' if int(row['warned']) else 'no'])} |")
+        cells += [f"{float(row['same_answers']):.3f}", f"{float(row['span']):.4f}", str(row["fallback_heads"])]
+        cells += [f"{float(row[name]):.3f}" if row.get(name, "") != "" else "-" for name in ("fell_back", "warned_of", "silent_loss")]
+        lines.append(f"| {' | '.join([*cells, unlike, angle])} |")
     bad = [row["pages"] for row in rows if not int(row["good"])]
-    said = f"Neither within {ALLOWED:g} of dense nor said to be off: {', '.join(bad)}" if bad else (
-        f"Every row is within {ALLOWED:g} of dense, or fell back, or was warned of.")  # fmt: skip
+    said = f"Not within {ALLOWED:g} of dense, and nothing said: {', '.join(bad)}" if bad else (
+        f"Every row is within {ALLOWED:g} of dense where nothing is said.")  # fmt: skip
     return "\n".join([*lines, "", said])
 
 
+def run(args: argparse.Namespace) -> int:
+    """Measure one shard, or everything, or only merge or print."""
+    if not args.table and not args.merge and Shard.parse(args.shard).count > 1:
+        if args.values is None:
+            raise UsageError("--shard needs --values DIR, where the processes put what they find")
+        print(measure(args).file)
+        return 0
+    rows = show_table(args, lambda args: table(read_values(args.merge) if args.merge else measure(args)), markdown)
+    return int(not args.table and not args.no_fallback and any(not int(row["good"]) for row in rows))
+
+
 def main() -> int:
-    """Measure and save, or only print."""
+    """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, nargs="?")
-    parser.add_argument("--print", type=Path, dest="table", help="only print the table of this CSV")
-    parser.add_argument("--output", type=Path, help="CSV to write")
+    add_table_options(parser)
     parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="measure each N-th batch of the documents, from the I-th")
+    parser.add_argument("--seconds", type=float, help="begin no batch that would end later than so long after the start")
+    parser.add_argument("--values", type=Path, metavar="DIR", help="folder for the values of documents")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="put these .jsonl files together")
     parser.add_argument("--kv-budget", type=float, help="planned for this budget instead of the artifact's")
     parser.add_argument("--no-fallback", action="store_true", help="hold every head to its plan: what the fallback is there for")
-    parser.add_argument("--data", default="mixed")
-    parser.add_argument("--ask", choices=("after", "with"), default="after")
-    parser.add_argument("--model", help="base weights other than the recorded ones")
-    parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "torch", "reconstruct"))
-    parser.add_argument("--dtype")
-    parser.add_argument("--device")
+    parser.add_argument("--ask", choices=ASK, default="after")
+    add_run_options(parser, batch_size=1)
     args = parser.parse_args()
-    if (args.artifact is None) == (args.table is None):
-        parser.error("pass an ARTIFACT to measure, or --print FILE")
-    try:
-        if args.table:
-            with args.table.open(newline="", encoding="utf-8") as stream:
-                rows: list[dict[str, Any]] = list(csv.DictReader(stream))
-        else:
-            rows = measure(args)
-            if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                with args.output.open("w", newline="", encoding="utf-8") as stream:
-                    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows)
-    except (RotateKError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    print(markdown(rows))
-    return int(not args.table and not args.no_fallback and any(not int(row["good"]) for row in rows))
+    if sum(given is not None for given in (args.artifact, args.table, args.merge)) != 1:
+        parser.error("pass an ARTIFACT to measure, or --merge FILES, or --print FILE")
+    return ended(lambda: run(args))
 
 
 if __name__ == "__main__":

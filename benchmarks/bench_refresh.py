@@ -1,12 +1,13 @@
 """What keeps a cache correct while it goes on: a long text after a page, and a conversation with a second page in it.
 
     python benchmarks/bench_refresh.py ARTIFACT --output refresh.csv          # ARTIFACT is compiled with --span all
-    python benchmarks/bench_refresh.py --print refresh.csv
+    python benchmarks/bench_refresh.py ARTIFACT --only generated --ways off --output a.csv  # a part of it, in a process of its own
+    python benchmarks/bench_refresh.py --print a.csv b.csv --output refresh.csv             # parts put together
 
 Long text: a page is read, then thousands of tokens follow a few at a time, as in decoding, so that what leaves the window is coded in
 blocks; the same text goes through a stock cache. KL to it in nats per token, by quarter of the text: without the refresh (fallback factor
-0), with it, and with it but never an own basis. The texts are questions of other documents, and tokens drawn at random, which no
-calibration has seen.
+0), with it, and with it but never an own basis. The texts are questions of other documents, what the dense model itself goes on to write
+after a question (sampled at temperature 1, never ending), and tokens drawn at random, which no calibration has seen.
 
 Conversation: page A, a question and its answer, questions of other documents as text, page B; then the question about A again, and the one
 about B. KL per answer token, and the share of answers whose every token the model would still choose.
@@ -15,27 +16,23 @@ about B. KL per answer token, and the share of answers whose every token the mod
 from __future__ import annotations
 
 import argparse
-import copy
-import csv
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
+from long_texts import Reader, generated, joined, question, random_tokens, words_of
+from measuring import Rows, add_data_options, add_table_options, ended, opened, record_of, show_table, versions
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from rotatek_compile.api import base_source, load_base
 from rotatek_compile.artifact import Artifact, read_artifact
-from rotatek_compile.batches import Encoded, end_ids, merge_media, positions, rope_index
-from rotatek_compile.calibration_data.errors import DataError
-from rotatek_compile.calibration_data.registry import open_data
+from rotatek_compile.batches import Encoded, end_ids, rope_index
 from rotatek_compile.documents import Documents, usable
-from rotatek_compile.errors import RotateKError, UsageError
+from rotatek_compile.errors import UsageError
 from rotatek_compile.placement import input_device
 from rotatek_compile.replan import replanned
 from rotatek_compile.runtime.accounting import cache_bytes
@@ -46,74 +43,19 @@ from rotatek_compile.statistics import Bootstrap
 
 STEP = 16  # tokens that come at a time: few enough for the backend to append them to the window, as it does single ones
 QUARTERS = 4
+TEXTS = {"questions": "questions of other documents", "generated": "the model's own words", "random": "random tokens"}
+PARTS = (*TEXTS, "conversation")
 WAYS: dict[str, dict[str, Any]] = {
     "off": {"fallback_factor": 0.0},
-    "on": {"fallback_factor": 8.0},
-    "on, calibrated bases only": {"fallback_factor": 8.0, "prior_tokens": 0},
+    "on, calibrated bases only": {"prior_tokens": 0},
+    "on, own bases too": {"prior_tokens": 256},
 }
-"""Rows of both tables, as fields of `Method`; the factor is the one artifacts are compiled with."""
-
-
-class Reader:
-    """Reads one token sequence piece by piece into a cache."""
-
-    def __init__(self, model: Any, whole: Encoded, cache: Cache) -> None:
-        self.model, self.whole, self.cache, self.seen = model, whole, cache, 0
-        self.device = input_device(model)
-
-    def copy(self) -> Reader:
-        """The same place with a cache of its own."""
-        other = Reader(self.model, self.whole, copy.deepcopy(self.cache))
-        other.seen = self.seen
-        return other
-
-    @torch.inference_mode()
-    def read(self, count: int, page: Encoded | None = None) -> Tensor:
-        """The next `count` tokens, which hold all of a page if one is given; fp64 log-probabilities [count, V] of what follows each."""
-        first, self.seen = self.seen, self.seen + count
-        ids = torch.tensor([self.whole.prompt[first : self.seen]], device=self.device)
-        places = positions([self.whole], [first], torch.ones(1, count, dtype=torch.int64)).to(self.device)
-        media = merge_media([page], self.device, self.model.dtype) if page is not None else {}
-        mask = torch.ones(1, self.seen, dtype=torch.int64, device=self.device)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=self.cache, use_cache=True, **media)
-        logprobs: Tensor = out.logits[0].double().log_softmax(-1)
-        return logprobs
+"""Rows of both tables, as fields of `Method`; where it is on, the bound is the artifact's."""
 
 
 def divergence(dense: Tensor, got: Tensor) -> Tensor:
     """KL(dense || got) per position, fp64 [T], of log-probabilities [T, V]."""
     return (dense.exp() * (dense - got)).sum(-1).clamp_min(0)
-
-
-def joined(parts: Sequence[Encoded | list[int]]) -> Encoded:
-    """Prompts up to the end of their pages, and text, as one sequence; positions go on where the part before ended."""
-    ids: list[int] = []
-    places: list[Tensor] = []
-    axes = next((p.positions.shape[0] for p in parts if isinstance(p, Encoded) and p.positions is not None), 0)
-    for part in parts:
-        own = part.prompt[: part.visual_end] if isinstance(part, Encoded) else part
-        ids = ids + list(own)
-        if axes:
-            start = int(places[-1].max()) + 1 if places else 0
-            found = torch.arange(len(own)).expand(axes, -1)
-            if isinstance(part, Encoded) and part.positions is not None:
-                found = part.positions[:, : part.visual_end]
-            places.append(found + start)
-    first = next(part for part in parts if isinstance(part, Encoded))
-    return replace(first, prompt=ids, visual_end=len(ids), positions=torch.cat(places, 1) if axes else None)
-
-
-def question(item: Encoded) -> list[int]:
-    """What follows the page in a prompt."""
-    return item.prompt[item.visual_end :]
-
-
-def texts(items: Sequence[Encoded], tokens: int, vocabulary: int, avoid: Iterable[int], seed: int) -> dict[str, list[int]]:
-    """Questions and answers of documents one after the other, and as many random tokens."""
-    words = [token for item in items for token in (*question(item), *item.answer[:-1])]
-    allowed = np.setdiff1d(np.arange(vocabulary), list(avoid))
-    random = np.random.default_rng(seed).choice(allowed, tokens).tolist()
-    return {"questions of other documents": (words * (tokens // len(words) + 1))[:tokens], "random tokens": random}
 
 
 def long_text(model: Any, page: Encoded, text: list[int], cache: Cache) -> tuple[Tensor, Any]:
@@ -142,19 +84,19 @@ def conversation(model: Any, a: Encoded, b: Encoded, between: list[int], cache: 
     return [*found, answered(reader, a), answered(about_b, b)]
 
 
-def opened(cache: Any) -> int:
+def refreshes(cache: Any) -> int:
     """How often rows left the coordinates that their blocks were written in, over all layers."""
     return sum(layer.blocks.opened for layer in cache.layers if getattr(layer, "blocks", None) is not None)
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows."""
+def measure(args: argparse.Namespace) -> Rows:
+    """All rows, or those of `--only`."""
     artifact = read_artifact(args.artifact)
     if artifact.method.span != "all" or artifact.method.rival:
         raise UsageError(f"{args.artifact} does not code text; pass an artifact compiled with --span all")
     if args.kv_budget:
         artifact = replanned(artifact, kv_budget=args.kv_budget)
-    data = open_data(args.data, "evaluation", args.seed)
+    data = opened(args.data, args.seed)
     places = list(usable(data, args.samples + 1))
     model, processor = load_base(artifact, model=args.model, dtype=args.dtype, device=args.device)
     eos, config = end_ids(model), model.config.get_text_config(decoder=True)
@@ -162,18 +104,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     single = [item for item in items if len(item.sample.images) == 1]
     if len(single) < 2:
         raise UsageError("the conversation takes two documents of one page each; pass a larger --samples")
-    source, device = base_source(artifact, args.model), input_device(model)
-    record = {
-        "model": Path(source.name).name if source.is_local else source.name,
-        "data": args.data,
-        "tokens": args.tokens,
-        "kv_budget": artifact.method.kv_budget or "",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+    record = record_of(base_source(artifact, args.model), args.data, input_device(model), model.dtype)
+    record |= {"tokens": args.tokens, "kv_budget": artifact.method.kv_budget or ""}
+    avoid, wanted = (*artifact.geometry.visual_token_ids, *eos), args.only or PARTS
+    makers = {
+        "questions": lambda: words_of(items, args.tokens),
+        "generated": lambda: generated(model, single[0], args.tokens, DynamicCache(config=config), avoid, args.seed),
+        "random": lambda: random_tokens(args.tokens, config.vocab_size, avoid, args.seed),
     }
-    given = texts(items, args.tokens, config.vocab_size, (*artifact.geometry.visual_token_ids, *eos), args.seed)
     rows = []
     with enable(model, artifact, backend=args.backend) as active:
         group = max(artifact.geometry.layers[i].group for i in artifact.geometry.compressible)
@@ -181,12 +119,19 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise UsageError(
                 f"groups of {group} query heads take fewer than {STEP} tokens at a time; this model is not one for this script"
             )
-        choices = [(words, replace(artifact, method=replace(artifact.method, **method))) for words, method in WAYS.items()]
+        if not artifact.method.fallback_factor:
+            raise UsageError(f"{args.artifact} never refreshes (fallback factor 0); pass one as the compiler makes it")
+        choices = [
+            (words, replace(artifact, method=replace(artifact.method, **method)))
+            for words, method in WAYS.items()
+            if words in (args.ways or WAYS)
+        ]
 
         def fresh(cut: Artifact) -> RotateKCache:
             return RotateKCache(model.config, PreparedArtifact(cut), active.backend)
 
-        for name, text in given.items():
+        for part in [part for part in makers if part in wanted]:
+            name, text = TEXTS[part], makers[part]()
             dense = long_text(model, single[0], text, DynamicCache(config=config))[0]
             for words, cut in choices:
                 got, cache = long_text(model, single[0], text, fresh(cut))
@@ -194,10 +139,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 sizes = cache_bytes(cache, single[0].visual_end + len(text))
                 numbers = {f"kl_{n + 1}": value for n, value in enumerate(parts)}
                 agree = (dense.argmax(-1) == got.argmax(-1)).double().mean().item()
-                about = {"kind": "long text", "what": name, "refresh": words, "cases": 1, "agreement": agree, "opened": opened(cache)}
+                about = {"kind": "long text", "what": name, "refresh": words, "cases": 1, "agreement": agree, "opened": refreshes(cache)}
                 rows.append(about | numbers | {"span": sizes.span / sizes.span_dense, "fallback_heads": cache.stats()["fallback_heads"]})
                 print(rows[-1], file=sys.stderr, flush=True)
-        rows += _conversations(model, single, given["questions of other documents"][: args.between], choices, fresh, config)
+        if "conversation" in wanted:
+            rows += _conversations(model, single, words_of(items, args.between), choices, fresh, config)
     return [row | record for row in rows]
 
 
@@ -243,12 +189,11 @@ NOT_SHOWN = (
 )
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Rows) -> str:
     """Both tables of one model."""
     first = rows[0]
     budget = f"KV budget {float(first['kv_budget']):.4g}" if first["kv_budget"] else "the artifact's keep ratio"
-    about = f"{first['device']}, {first['dtype']}, torch {first['torch']}, transformers {first['transformers']}"
-    lines = [f"{first['model']}, {budget}, span all, {about}", ""]
+    lines = [f"{first['model']}, {budget}, span all, {versions(first)}", ""]
     columns = (f"{first['tokens']} tokens of text", *LONG)
     lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
@@ -270,38 +215,18 @@ def main() -> int:
     """Measure and save, or only print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, nargs="?")
-    parser.add_argument("--print", type=Path, dest="table", help="only print the tables of this CSV")
-    parser.add_argument("--output", type=Path, help="CSV to write")
-    parser.add_argument("--tokens", type=int, default=4000, help="length of the text")
+    add_table_options(parser, several=True)
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="by default all of them")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), help="of refreshing; by default all of them")
+    parser.add_argument("--tokens", type=int, default=4000, help="length of a text")
     parser.add_argument("--between", type=int, default=256, help="tokens of text between the two pages of a conversation")
     parser.add_argument("--samples", type=int, default=60, help="documents that conversations and text are made of")
     parser.add_argument("--kv-budget", type=float, help="planned for this budget instead of the artifact's")
-    parser.add_argument("--data", default="mixed")
-    parser.add_argument("--model", help="base weights other than the recorded ones")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "torch", "reconstruct"))
-    parser.add_argument("--dtype")
-    parser.add_argument("--device")
+    add_data_options(parser)
     args = parser.parse_args()
     if (args.artifact is None) == (args.table is None):
         parser.error("pass an ARTIFACT to measure, or --print FILE")
-    try:
-        if args.table:
-            with args.table.open(newline="", encoding="utf-8") as stream:
-                rows: list[dict[str, Any]] = list(csv.DictReader(stream))
-        else:
-            rows = measure(args)
-            if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                with args.output.open("w", newline="", encoding="utf-8") as stream:
-                    writer = csv.DictWriter(stream, FIELDS, lineterminator="\n", restval="")
-                    writer.writeheader()
-                    writer.writerows(rows)
-    except (RotateKError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    print(markdown([{name: row.get(name, "") for name in FIELDS} for row in rows]))
-    return 0
+    return ended(lambda: int(not show_table(args, measure, markdown, FIELDS)))
 
 
 if __name__ == "__main__":

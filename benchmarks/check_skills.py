@@ -11,7 +11,6 @@ documents; a skill is not answerable from a run if the run's interval does not l
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,16 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from measuring import add_device_options, add_table_options, ended, record_of, show_table
 from PIL import Image
 
 from rotatek_compile.batches import end_ids, rope_index
-from rotatek_compile.calibration_data.errors import DataError
 from rotatek_compile.calibration_data.registry import open_data
 from rotatek_compile.calibration_data.sample import Sample
 from rotatek_compile.documents import Documents, usable
-from rotatek_compile.errors import RotateKError
 from rotatek_compile.evaluate import Evaluator, evaluate
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, load_model, load_processor, resolve
 from rotatek_compile.outcomes import Row
@@ -108,14 +104,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows[run] = evaluate(evaluator, items, {run: evaluator.dense_cache}, args.batch_size, quiet=False)[0]
         print(f"{run}: {rows[run].accuracy()['exact_match']:.3f}", file=sys.stderr, flush=True)
     samples = [data.sample(place) for place in places]
-    record = {
-        "model": Path(source.name).name if source.is_local else source.name,
-        "data": data.name if data.split != "local" else Path(data.name).name,
-        "dtype": str(evaluator.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    name = data.name if data.split != "local" else Path(data.name).name
+    record = record_of(source, name, device, evaluator.dtype)
     return table_rows(rows, chances([s.skill for s in samples], [s.answers for s in samples]), record)
 
 
@@ -146,28 +136,10 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype")
-    parser.add_argument("--device")
-    parser.add_argument("--output", type=Path, help="CSV to write")
-    parser.add_argument("--print", type=Path, dest="table", help="only print the table of this CSV")
+    add_device_options(parser)
+    add_table_options(parser)
     args = parser.parse_args()
-    try:
-        if args.table:
-            with args.table.open(newline="", encoding="utf-8") as stream:
-                rows: list[dict[str, Any]] = list(csv.DictReader(stream))
-        else:
-            rows = measure(args)
-            if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                with args.output.open("w", newline="", encoding="utf-8") as stream:
-                    writer = csv.DictWriter(stream, list(rows[0]))
-                    writer.writeheader()
-                    writer.writerows(rows)
-    except (RotateKError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    print(markdown(rows))
-    return 0
+    return ended(lambda: int(not show_table(args, measure, markdown)))
 
 
 if __name__ == "__main__":

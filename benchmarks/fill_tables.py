@@ -28,17 +28,24 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         ("docs/backbones.md", "skills"): [["check_skills.py", "--print", f"skills-{model}.csv"] for model in MODELS],
         ("docs/backbones.md", "knockout"): [["knockout.py", "--print", f"knockout-{model}.csv"] for model in MODELS],
     }
-    found["docs/codec.md", "codec"] = [["print_codec.py", "codec-tiny-llava-next.csv"]]
-    found["docs/codec.md", "broken"] = [["bench_broken_inputs.py", "--print", f"broken-{model}.csv"] for model in MODELS]
-    found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", "refresh-tiny-llava-next.csv"]]
+    found["docs/codec.md", "codec"] = [["print_codec.py", *measured("codec-{}.csv")]]
+    found["docs/codec.md", "broken"] = [["bench_broken_inputs.py", "--print", file] for file in measured("broken-{}.csv")]
+    found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", file] for file in measured("refresh-{}.csv")]
+    found["docs/codec.md", "plans"] = [["print_codec.py", "--plans", *measured("plans-{}.json")]]
+    found["docs/codec.md", "encode"] = [["bench_encode.py", "--print", "encode.json"]]
     for model, file in suites.items():
         found["docs/rivals.md", model] = [["print_suite.py", file], ["print_suite.py", file, "--skills"]]
     return found
 
 
+def measured(name: str) -> list[str]:
+    """Names of the results that there are, of all models."""
+    return [file for model in MODELS if (HERE / "results" / (file := name.format(model))).exists()]
+
+
 def printed(command: list[str]) -> str:
     """What a script of this folder prints; results are named without their folder."""
-    words = [str(HERE / "results" / word) if word.endswith(".csv") else word for word in command[1:]]
+    words = [str(HERE / "results" / word) if word.endswith((".csv", ".json")) else word for word in command[1:]]
     script, out = str(HERE / command[0]), io.StringIO()
     with mock.patch.object(sys, "argv", [script, *words]), contextlib.redirect_stdout(out):
         try:

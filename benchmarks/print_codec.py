@@ -1,16 +1,20 @@
-"""Markdown tables of the codec from what bench_codec.py wrote: the curve over budgets, and the ablations.
+"""Markdown tables of the codec from what bench_codec.py wrote: the curve over budgets, the ablations, and escape tokens.
 
-python benchmarks/print_codec.py DIR/codec-*.csv                    # every table that the files hold
-python benchmarks/print_codec.py DIR/codec-*.csv --merge all.csv    # put them into one CSV, which this prints too
+python benchmarks/print_codec.py DIR/codec-*.csv                          # every table that the files hold
+python benchmarks/print_codec.py DIR/codec-*.csv --merge all.csv          # put them into one CSV, which this prints too
+python benchmarks/print_codec.py --plans DIR/plans-*.json                 # what bench_plans.py found: predicted and measured KL
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from measuring import ended, write_csv
 
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.suite import ALL, read_results
@@ -21,7 +25,7 @@ LOSSES = {1 / 8: 0.005, 1 / 16: 0.02}  # exact match that may be lost at a budge
 
 
 def merged(files: Sequence[Path]) -> Rows:
-    """Rows of several files, those over all skills, each once.
+    """Rows of several files, each once.
 
     Raises:
         RotateKError: a file that is missing, or no table of bench_codec.py.
@@ -31,8 +35,7 @@ def merged(files: Sequence[Path]) -> Rows:
         for row in read_results(file):
             if "part" not in row:
                 raise RotateKError(f"{file} is a table of rotatek-eval; pass those of bench_codec.py (print_suite.py prints this one)")
-            if row["skill"] == ALL:
-                rows[tuple(row[name] for name in ("model", "part", "budget", "ask", "method", "setting"))] = row
+            rows[tuple(row[name] for name in ("model", "part", "budget", "ask", "method", "setting", "skill"))] = row
     return list(rows.values())
 
 
@@ -113,16 +116,35 @@ def verdicts(rows: Rows) -> list[str]:
     return found
 
 
+def skill_table(rows: Rows) -> list[str]:
+    """What gives way: exact match of ours at each budget on the documents of each skill. Empty where it was not measured by skill."""
+    skills = sorted({row["skill"] for row in rows} - {ALL})
+    if not skills:
+        return []
+    lines = ["Exact match by skill:", "", f"| budget | {' | '.join(skills)} |", "|" + "---|" * (len(skills) + 1)]
+    settings = {(row["method"], row["setting"]): row for row in _by_budget(rows) if row["skill"] != ALL}
+    for method, setting in sorted(settings, key=lambda pair: pair[0] != "dense"):
+        words = setting.partition(", ")[2]
+        if words not in ("", "as compiled"):
+            continue
+        own = {row["skill"]: row["exact_match"] for row in rows if (row["method"], row["setting"]) == (method, setting)}
+        budget = fraction(float(settings[method, setting]["budget"]))
+        name = "dense" if method == "dense" else ", ".join(filter(None, (budget, words)))
+        lines.append(f"| {name} | {' | '.join(format(float(own[skill]), '.3f') if skill in own else '-' for skill in skills)} |")
+    return [*lines, ""]
+
+
 def ablation_table(rows: Rows) -> list[str]:
     """One part changed at a time, and what each row does not show."""
-    columns = ("changed", "row", "coded span", "exact match", "KL per token", "times as compiled", "fallback heads", "does not show")
+    columns = ("changed", "row", "coded span", "exact match", "KL per token", "KL over the first row's", "fallback heads", "does not show")
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    own = [row for row in rows if row["method"] == "rotatek"]
-    base = next((float(row["kl"]) for row in own if row["group"] == "as compiled"), 0.0)
-    for row in own:
-        words = row["setting"].partition(", ")[2] or "two-sided, allocated, mixed precision, no fallback"
-        times = f"{float(row['kl']) / base:.3g}" if base else "-"
-        cells = [row["group"], words, span(row), spread(row, "exact_match", ".3f"), spread(row, "kl", ".1e"), times, row["fallback_heads"]]
+    for row in rows:
+        if row["method"] != "rotatek":
+            continue
+        words = row["setting"].partition(", ")[2] or "two-sided, allocated, mixed precision; no fallback, own basis or escape token"
+        numbers = [f"{float(row[key]):.3g}" if row[key] else "-" for key in ("base_ratio", "base_low", "base_high")]
+        beside = f"{numbers[0]} [{numbers[1]}, {numbers[2]}]" if row["base_ratio"] else "1"
+        cells = [row["group"], words, span(row), spread(row, "exact_match", ".3f"), spread(row, "kl", ".1e"), beside, row["fallback_heads"]]
         lines.append(f"| {' | '.join([*cells, row['does_not_show']])} |")
     return lines
 
@@ -132,12 +154,51 @@ def tables(rows: Rows) -> list[str]:
     lines: list[str] = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        if chosen := [row for row in own if row["part"] == "curve"]:
-            lines += [heading(chosen), "", *curve_table(chosen), "", *verdicts(chosen), "", "Rivals:", "", *rivals_table(chosen), ""]
-        for budget in dict.fromkeys(row["budget"] for row in own if row["part"] == "ablations"):
-            chosen = [row for row in own if row["part"] == "ablations" and row["budget"] == budget]
-            lines += [f"{heading(chosen)}, KV budget {fraction(float(budget))}", "", *ablation_table(chosen), ""]
+        whole = [row for row in own if row["skill"] == ALL]
+        if chosen := [row for row in whole if row["part"] == "curve"]:
+            lines += [heading(chosen), "", *curve_table(chosen), "", *verdicts(chosen), ""]
+            lines += skill_table([row for row in own if row["part"] == "curve"])
+            lines += ["Rivals:", "", *rivals_table(chosen), ""]
+        for part in ("ablations", "escapes"):
+            for budget in dict.fromkeys(row["budget"] for row in whole if row["part"] == part):
+                chosen = [row for row in whole if row["part"] == part and row["budget"] == budget]
+                dense = next(row for row in chosen if row["method"] == "dense")
+                lines += [
+                    f"{heading(chosen)}, KV budget {fraction(float(budget))}, dense exact match {float(dense['exact_match']):.3f}",
+                    "",
+                ]
+                lines += [*ablation_table(chosen), ""]
     return lines[:-1]
+
+
+def plans_table(files: Sequence[Path]) -> list[str]:
+    """What bench_plans.py found, one row for each model and budget.
+
+    Raises:
+        RotateKError: a file that is missing or no such result.
+    """
+    columns = ("model", "budget", "random plans", "documents", "rank correlation", "place of the chosen plan", "its KL",
+               "least KL of a random plan", "their median", "the same plan in every head")  # fmt: skip
+    lines, about = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)], []
+    for file in files:
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            for model, budgets in result["models"].items():
+                lines += [_plan_row(model, float(budget), found) for budget, found in budgets.items() if budget != "seconds"]
+            calibrated = f"{result['num_samples']} calibration documents of {result['data']}, {result['sensitivity_samples']} of them cut"
+            where = f"{result['device']}, {result['dtype']}, torch {result['torch']}, transformers {result['transformers']}"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RotateKError(f"{file} cannot be read ({error}); pass a plans.json that bench_plans.py wrote") from error
+        about.append(f"{calibrated}; {where}")
+    return [*dict.fromkeys(about), "", *lines]
+
+
+def _plan_row(model: str, budget: float, found: dict[str, Any]) -> str:
+    low, high = found["rank_correlation_interval"]
+    kl, random = found["kl"], found["random_kl"]
+    cells = [model, fraction(budget), str(found["plans"]), str(found["documents"])]
+    cells += [f"{found['rank_correlation']:.2f} [{low:.2f}, {high:.2f}]", f"{found['chosen_rank']} of {found['plans'] + 1}"]
+    return f"| {' | '.join([*cells, *(f'{x:.1e}' for x in (kl['chosen'], random['least'], random['median'], kl['uniform']))])} |"
 
 
 def _rival(row: dict[str, str], prefix: str) -> list[str]:
@@ -152,24 +213,28 @@ def _by_budget(rows: Iterable[dict[str, str]]) -> Rows:
     return sorted(rows, key=lambda row: -float(row["budget"]))
 
 
+def run(args: argparse.Namespace) -> int:
+    """Print what was asked for."""
+    if args.plans:
+        print("\n".join(plans_table(args.plans)))
+        return 0
+    rows = merged(args.csv)
+    if args.merge:
+        write_csv(args.merge, rows, list(dict.fromkeys(name for row in rows for name in row)))
+    print("\n".join(tables(rows)))
+    return 0
+
+
 def main() -> int:
     """Parse and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path, nargs="+")
+    parser.add_argument("csv", type=Path, nargs="*")
     parser.add_argument("--merge", type=Path, help="write the rows to this CSV too")
+    parser.add_argument("--plans", type=Path, nargs="+", metavar="JSON", help="print the table of these instead")
     args = parser.parse_args()
-    try:
-        rows = merged(args.csv)
-        if args.merge:
-            with args.merge.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-    except (RotateKError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    print("\n".join(tables(rows)))
-    return 0
+    if bool(args.csv) == bool(args.plans):
+        parser.error("pass CSV files of bench_codec.py, or --plans with those of bench_plans.py")
+    return ended(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 import csv
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sparse_pages
 import torch
 from PIL import Image
+from transformers.cache_utils import DynamicCache
 
 from rotatek_compile.calibration_data.sample import Sample
 from rotatek_compile.errors import RotateKError
@@ -75,21 +78,30 @@ def test_broken_pages_are_what_their_names_say():
     assert first.images[0].tobytes() != first.images[1].tobytes() and first.question == "q"
 
 
-def outcomes(method, exact, kl=0.5, fallback=0):
+def outcomes(method, exact, kl=0.5, fallback=()):
     sizes = {"total": 1, "dense": 4, "stored": 1, "span": 1, "span_dense": 4, "window": 0, "basis": 0, "slack": 0, "tables": 0}
-    made = [Outcome(str(n), "", method, e, 0.0, kl, 1, str(e), sizes | {"fallback_heads": fallback}) for n, e in enumerate(exact)]
+    fallback = fallback or [0] * len(exact)
+    made = [Outcome(str(n), "", method, e, 0.0, kl, 1, str(e), sizes | {"fallback_heads": fallback[n]}) for n, e in enumerate(exact)]
     return Row(method, made)
 
 
 @pytest.mark.parametrize(
-    ("right", "fallback", "angles", "good"),
-    [(50, 0, None, 1), (49, 0, None, 1), (47, 0, None, 0), (47, 1, None, 1), (47, 0, (40.0, 20.0), 1), (47, 0, (30.0, 20.0), 0)],
+    ("right", "fell", "warned", "good"),
+    [(50, [], [], 1), (49, [], [], 1), (47, [], [], 0), (47, [47, 48], [], 1), (47, [1, 2, 3], [], 0), (47, [], [48, 49], 1)],
 )
-def test_a_lost_answer_must_be_said(right, fallback, angles, good):
-    dense, ours = outcomes("dense", [True] * 50), outcomes("artifact", [n < right for n in range(50)], fallback=fallback)
-    row = broken.row_of("x", dense, ours, angles)
+def test_a_lost_answer_must_be_said(right, fell, warned, good):
+    dense = outcomes("dense", [True] * 50)
+    ours = outcomes("artifact", [n < right for n in range(50)], fallback=[3 * (n in fell) for n in range(50)])
+    far = {"angle": 20.0, "calibrated_angle": 10.0, "usual_deviation": 1.5}
+    said = [{"fallback_heads": 3 * (n in fell), "warned": n in warned, "deviation": 1.0 + (n == 7)} | far for n in range(50)]
+    said[8] |= {"deviation": None, "usual_deviation": None}  # a short page
+    row = broken.row_of("x", dense, ours, said)
     assert row["good"] == good and row["loss"] == pytest.approx(1 - right / 50) and row["span"] == 0.25
-    assert row["same_answers"] == right / 50 and row["fallback_heads"] == 50 * fallback and row["kl"] == 0.5
+    assert row["same_answers"] == right / 50 and row["fallback_heads"] == 3 * len(fell) and row["kl"] == 0.5
+    assert (row["fell_back"], row["warned_of"]) == (len(fell) / 50, len(warned) / 50)
+    assert (row["deviation"], row["usual_deviation"], row["angle"]) == (2.0, 1.5, 20.0)
+    unsaid = [n for n in range(right, 50) if n not in fell and n not in warned]
+    assert row["silent_loss"] == pytest.approx(len(unsaid) / 50)
 
 
 def encoded(prompt, end, places=None):
@@ -110,9 +122,22 @@ def test_pages_and_text_become_one_sequence():
 def test_divergence_and_texts():
     dense, got = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).double().log(), torch.tensor([[0.5, 0.5], [0.1, 0.9]]).double().log()
     assert refresh.divergence(dense, got).tolist() == pytest.approx([0, 0.8 * np.log(9)])
-    given = refresh.texts([encoded([5, 1, 2], 1)], 5, 20, (5, 9), 0)
-    assert given["questions of other documents"] == [1, 2, 1, 2, 1]
-    assert len(given["random tokens"]) == 5 and not {5, 9} & set(given["random tokens"])
+    assert refresh.words_of([encoded([5, 1, 2], 1)], 5) == [1, 2, 1, 2, 1]
+    drawn = refresh.random_tokens(40, 20, (5, 9), 0)
+    assert len(drawn) == 40 and not {5, 9} & set(drawn) and max(drawn) < 20
+
+
+def test_the_models_own_words(tiny, documents):
+    page = documents[0]
+    likely = refresh.generated(tiny, page, 12, DynamicCache(config=tiny.config.get_text_config(decoder=True)), range(3, 60), 0)
+    asked = page.prompt[page.visual_end :]
+    assert likely[: len(asked)] == asked and len(likely) == 12 and not set(likely[len(asked) :]) & set(range(3, 60))
+    with torch.no_grad():  # the last token drawn is the one that the seed points at in the plain model's distribution
+        ids = torch.tensor([page.prompt + likely[len(asked) : -1]])
+        chances = tiny(input_ids=ids, **page.media).logits[0, -1].double().softmax(-1).numpy()
+    chances[list(range(3, 60))] = 0
+    draws = np.random.default_rng(0).random(12 - len(asked))
+    assert likely[-1] == np.searchsorted(chances.cumsum(), draws[-1] * chances.sum(), side="right")
 
 
 def write(file, rows):
@@ -137,7 +162,7 @@ def result(method, setting, kl, **more):
     costs = {f"kl{end}": str(kl) for end in ("", "_low", "_high")}
     none = {f"{name}{end}": "" for name in ("rival", "above") for end in ("", "_span", "_kl", "_ratio", "_low", "_high")}
     made = {"skill": "all", "method": method, "setting": setting, "span_bytes": "1", "span_bytes_dense": "16", "fallback_heads": "3"}
-    kind = {"part": "curve", "budget": "0.0625", "group": "", "does_not_show": ""}
+    kind = {"part": "curve", "budget": "0.0625", "group": "", "does_not_show": "", "base_ratio": "", "base_low": "", "base_high": ""}
     return about | numbers | costs | none | made | kind | more
 
 
@@ -151,16 +176,70 @@ def test_tables_are_merged_and_printed(tmp_path):
         "rival_high": "0.6",
     }
     write(tmp_path / "a.csv", [result("dense", "", 0), result("rotatek", "KV budget 0.0625", 0.08, exact_match_loss="0.03", **rival)])
-    changed = {"part": "ablations", "group": "precision", "does_not_show": "speed"}
-    base = result("rotatek", "KV budget 0.0625", 0.1, part="ablations", group="as compiled")
-    write(tmp_path / "b.csv", [base, result("rotatek", "KV budget 0.0625, 4-bit directions only", 0.4, **changed)])
+    changed = {"part": "ablations", "group": "precision", "does_not_show": "speed", "base_ratio": "4", "base_low": "2", "base_high": "9"}
+    base = [result("dense", "", 0, part="ablations"), result("rotatek", "KV budget 0.0625", 0.1, part="ablations", group="as planned")]
+    write(tmp_path / "b.csv", [*base, result("rotatek", "KV budget 0.0625, 4-bit directions only", 0.4, **changed)])
     rows = printer.merged([tmp_path / "a.csv", tmp_path / "b.csv", tmp_path / "a.csv"])
-    assert len(rows) == 4
+    assert len(rows) == 5
     said = "\n".join(printer.tables(rows))
     assert "| 1/16 | planned from the artifact | 4 | 0.0625 | 0.500 [0.500, 0.500] |" in said and "0.4 [0.3, 0.6]" in said
     assert "- 1/16: loses 0.030 of dense exact match, NOT within 0.02" in said
-    assert "- 1/16: at most half of the KL of head-drop (x)" in said
-    assert "| precision | 4-bit directions only | 0.0625 | 0.500 [0.500, 0.500] | 4.0e-01 [4.0e-01, 4.0e-01] | 4 | 3 | speed |" in said
+    assert "- 1/16: at most half of the KL of head-drop (x)" in said and "by skill" not in said
+    assert (
+        "| precision | 4-bit directions only | 0.0625 | 0.500 [0.500, 0.500] | 4.0e-01 [4.0e-01, 4.0e-01] | 4 [2, 9] | 3 | speed |" in said
+    )
+
+
+def test_what_gives_way_is_shown_by_skill():
+    rows = [result("dense", "", 0), result("dense", "", 0, skill="line", exact_match="1"), result("dense", "", 0, skill="cell")]
+    for budget, words, right in (("0.03125", "", "0.75"), ("0.0625", "", "0.9"), ("0.0625", ", no fallback", "0.1")):
+        rows.append(result("rotatek", f"KV budget {budget}{words}", 0.1, budget=budget, skill="line", exact_match=right))
+    assert printer.skill_table(rows)[2:] == [
+        "| budget | cell | line |", "|---|---|---|", "| dense | 0.500 | 1.000 |", "| 1/16 | - | 0.900 |", "| 1/32 | - | 0.750 |", "",
+    ]  # fmt: skip
+
+
+def test_plans_are_printed(tmp_path):
+    found = {"plans": 40, "documents": 80, "rank_correlation": 0.9, "rank_correlation_interval": [0.5, 0.95], "chosen_rank": 2,
+             "kl": {"chosen": 1e-3, "uniform": 0.1}, "random_kl": {"least": 9e-4, "median": 0.01, "largest": 1.0}}  # fmt: skip
+    about = {"device": "d", "dtype": "f", "torch": "1", "transformers": "2", "data": "mixed", "num_samples": 96, "sensitivity_samples": 36}
+    (tmp_path / "plans.json").write_text(json.dumps(about | {"models": {"m": {"seconds": {"x": 1}, "0.125": found}}}))
+    said = printer.plans_table([tmp_path / "plans.json"])
+    assert said[0] == "96 calibration documents of mixed, 36 of them cut; d, f, torch 1, transformers 2"
+    assert said[-1] == "| m | 1/8 | 40 | 80 | 0.90 [0.50, 0.95] | 2 of 41 | 1.0e-03 | 9.0e-04 | 1.0e-02 | 1.0e-01 |"
+    (tmp_path / "plans.json").write_text("{}")
+    with pytest.raises(RotateKError, match="bench_plans"):
+        printer.plans_table([tmp_path / "plans.json"])
+
+
+def test_nearly_blank_pages():
+    data = sparse_pages.source("evaluation", 3)
+    first, again, other = data.sample(0), data.sample(0), data.sample(1)
+    assert first.images[0].tobytes() == again.images[0].tobytes() != other.images[0].tobytes() and first.id == "sparse/evaluation/3/0"
+    for sample in (data.sample(n) for n in range(20)):
+        [page] = sample.images
+        grey = np.asarray(page.convert("L")).astype(int)
+        paper = np.median(grey)
+        rows = (np.abs(grey - paper) > 60).any(1)
+        assert 0 < rows.mean() < 0.15 and len(sample.answers[0]) >= 3  # two lines of twenty, and blank paper
+
+
+def test_parts_of_a_table_are_put_together(tmp_path, capsys, monkeypatch):
+    about = {"model": "m", "kv_budget": "0.0625", "device": "d", "dtype": "f", "torch": "1", "transformers": "2", "tokens": "32"}
+    long = about | {"kind": "long text", "what": "random tokens", "agreement": "0.5", "span": "0.06", "opened": "2", "fallback_heads": "0"}
+    long |= {f"kl_{n}": "0.001" for n in (1, 2, 3, 4)}
+    write(tmp_path / "a.csv", [long | {"refresh": "off"}])
+    write(tmp_path / "b.csv", [long | {"refresh": "on, own bases too"}])
+    files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+    monkeypatch.setattr(sys, "argv", ["bench_refresh.py", "--print", *files, "--output", str(tmp_path / "all.csv")])
+    assert refresh.main() == 0
+    said = capsys.readouterr().out
+    assert "| random tokens | off | 1.0e-03 |" in said and "| random tokens | on, own bases too | 1.0e-03 |" in said
+    with (tmp_path / "all.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["refresh"] for row in rows] == ["off", "on, own bases too"] and list(rows[0]) == list(refresh.FIELDS)
+    monkeypatch.setattr(sys, "argv", ["bench_refresh.py", "--print", str(tmp_path / "none.csv")])
+    assert refresh.main() == 1 and "No such file" in capsys.readouterr().err
 
 
 def test_another_table_is_refused(tmp_path):
