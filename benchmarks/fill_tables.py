@@ -25,6 +25,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
     suites = {model: f"rivals-{model}.csv" for model in MODELS}
     found = {
         ("README.md", "suite"): [["print_suite.py", *suites.values()]],
+        ("README.md", "decode"): [["print_decode.py"]],
         ("docs/backbones.md", "skills"): [["check_skills.py", "--print", f"skills-{model}.csv"] for model in MODELS],
         ("docs/backbones.md", "knockout"): [["knockout.py", "--print", f"knockout-{model}.csv"] for model in MODELS],
     }

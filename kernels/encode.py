@@ -14,7 +14,7 @@ from torch import Tensor
 from .codes import pack, padded
 from .slabs import Slabs
 
-BLOCK_N, BLOCK_D = 64, 16
+BLOCK_N = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def pack_heads_triton(jobs: Sequence[Packing], dtype: torch.dtype) -> list[list[
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             pack_kernel[(len(jobs) * heads, -(-max(row[7] for row in table) // BLOCK_N))](
                 first.z, raws[0], first.scales, upload(table, device), out, out.view(dtype), heads, len(table[0]),
-                D=dim, ITEMSIZE=dtype.itemsize, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
+                D=dim, DP=1 << (dim - 1).bit_length(), ITEMSIZE=dtype.itemsize, BLOCK_N=BLOCK_N,
             )  # fmt: skip
     codes = out.split(sizes)
     return [list(codes[n * heads : (n + 1) * heads]) for n in range(len(jobs))]

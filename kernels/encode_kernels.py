@@ -25,9 +25,9 @@ def pack_kernel(
     heads,
     width,  # W
     D: tl.constexpr,
+    DP: tl.constexpr,  # next power of two of D
     ITEMSIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Every slab of BLOCK_N tokens of one head; grid (J * H, ceil(most rows / BLOCK_N))."""
     i_jh = tl.program_id(0).to(tl.int64)
@@ -36,6 +36,8 @@ def pack_kernel(
     p_head = p_job + HEADS + i_h * 5
     length, rows = tl.load(p_job + LENGTH), tl.multiple_of(tl.load(p_job + ROWS), 2)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    o_d = tl.arange(0, DP)
+    o_j = tl.arange(0, DP // 2)
     i_native = tl.multiple_of(tl.load(p_head), 8)
     i_byte = tl.multiple_of(tl.load(p_head + 1), 8)
     i_nibble = tl.multiple_of(tl.load(p_head + 2), 16)
@@ -45,46 +47,38 @@ def pack_kernel(
     p_z = z + tl.multiple_of(tl.load(p_job + Z), 8) + i_h * length * D + o_n[:, None] * D
     p_s = scales + tl.load(p_job + SCALES) + i_h * D
 
-    p_native = out_native + i_start // ITEMSIZE + o_n[:, None] * i_native
-    p_raw = raw + tl.load(p_job + RAW) + i_h * tl.load(p_job + RAW_STRIDE_H) + o_n[:, None] * tl.load(p_job + RAW_STRIDE_N)
-    for i_d in range(0, i_native, BLOCK_D):
-        o_d = i_d + tl.arange(0, BLOCK_D)
+    if i_native > 0:
         m_d = (o_d < i_native)[None, :]
+        p_native = out_native + i_start // ITEMSIZE + o_n[:, None] * i_native + o_d[None, :]
         if is_raw > 0:
-            tl.store(p_native + o_d[None, :], tl.load(p_raw + o_d[None, :], mask=m_in & m_d, other=0.0), mask=m_out & m_d)
+            p_raw = raw + tl.load(p_job + RAW) + i_h * tl.load(p_job + RAW_STRIDE_H) + o_n[:, None] * tl.load(p_job + RAW_STRIDE_N)
+            tl.store(p_native, tl.load(p_raw + o_d[None, :], mask=m_in & m_d, other=0.0), mask=m_out & m_d)
         else:
             b_z = tl.load(p_z + o_d[None, :], mask=m_in & m_d, other=0.0)
-            tl.store(p_native + o_d[None, :], b_z.to(out_native.dtype.element_ty), mask=m_out & m_d)
-
+            tl.store(p_native, b_z.to(out_native.dtype.element_ty), mask=m_out & m_d)
     o_byte = i_start + rows * i_native * ITEMSIZE
-    for i_d in range(0, i_byte, BLOCK_D):
-        o_d = i_d + tl.arange(0, BLOCK_D)
-        m_d = o_d < i_byte
-        b_z = tl.load(p_z + i_native + o_d[None, :], mask=m_in & m_d[None, :], other=0.0)
-        b_level = _ratio(b_z, tl.load(p_s + i_native + o_d, mask=m_d, other=1.0), BLOCK_N, BLOCK_D)
+    if i_byte > 0:
+        m_d = (o_d < i_byte)[None, :]
+        b_z = tl.load(p_z + i_native + o_d[None, :], mask=m_in & m_d, other=0.0)
+        b_s = tl.load(p_s + i_native + o_d, mask=o_d < i_byte, other=1.0).to(tl.float32)
+        b_level = tl.div_rn(b_z, tl.broadcast_to(tl.where(b_s > 0, b_s, 1.0)[None, :], [BLOCK_N, DP]))
         # clamped first: far beyond the range the trick that rounds does not hold
         b_level = (tl.minimum(tl.maximum(b_level, -TOP), TOP) + MAGIC) - MAGIC
         p_byte = out + o_byte + o_n[:, None] * i_byte + o_d[None, :]
-        tl.store(p_byte, b_level.to(tl.int8).to(tl.uint8, bitcast=True), mask=m_out & m_d[None, :])
-
+        tl.store(p_byte, b_level.to(tl.int8).to(tl.uint8, bitcast=True), mask=m_out & m_d)
     o_nibble = o_byte + rows * i_byte
-    i_half = tl.multiple_of(i_nibble // 2, 8)
-    for i_j in range(0, i_half, BLOCK_D):
-        o_j = i_j + tl.arange(0, BLOCK_D)
-        m_j = o_j < i_half
-        o_low = i_native + i_byte + o_j
-        b_low = tl.load(p_z + o_low[None, :], mask=m_in & m_j[None, :], other=0.0)
-        b_high = tl.load(p_z + o_low[None, :] + i_half, mask=m_in & m_j[None, :], other=0.0)
-        b_low = _ratio(b_low, tl.load(p_s + o_low, mask=m_j, other=1.0), BLOCK_N, BLOCK_D) + MIDDLE
-        b_high = _ratio(b_high, tl.load(p_s + o_low + i_half, mask=m_j, other=1.0), BLOCK_N, BLOCK_D) + MIDDLE
+    if i_nibble > 0:
+        i_half = tl.multiple_of(i_nibble // 2, 8)
+        m_j = (o_j < i_half)[None, :]
+        i_first = i_native + i_byte
+        b_low = tl.load(p_z + i_first + o_j[None, :], mask=m_in & m_j, other=0.0)
+        b_high = tl.load(p_z + i_first + i_half + o_j[None, :], mask=m_in & m_j, other=0.0)
+        b_sl = tl.load(p_s + i_first + o_j, mask=o_j < i_half, other=1.0).to(tl.float32)
+        b_sh = tl.load(p_s + i_first + i_half + o_j, mask=o_j < i_half, other=1.0).to(tl.float32)
+        b_low = tl.div_rn(b_low, tl.broadcast_to(tl.where(b_sl > 0, b_sl, 1.0)[None, :], [BLOCK_N, DP // 2])) + MIDDLE
+        b_high = tl.div_rn(b_high, tl.broadcast_to(tl.where(b_sh > 0, b_sh, 1.0)[None, :], [BLOCK_N, DP // 2])) + MIDDLE
         b_low = (tl.minimum(tl.maximum(b_low, 0.0), 2 * MIDDLE) + MAGIC) - MAGIC
         b_high = (tl.minimum(tl.maximum(b_high, 0.0), 2 * MIDDLE) + MAGIC) - MAGIC
         b_code = b_low.to(tl.int32) | (b_high.to(tl.int32) << 4)
-        tl.store(out + o_nibble + o_n[:, None] * i_half + o_j[None, :], b_code.to(tl.uint8), mask=m_out & m_j[None, :])
-
-
-@triton.jit
-def _ratio(b_z, b_s, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """z over its scale, rounded as a division is; a scale of zero counts as one."""
-    b_s = b_s.to(tl.float32)
-    return tl.div_rn(b_z, tl.broadcast_to(tl.where(b_s > 0, b_s, 1.0)[None, :], [BLOCK_N, BLOCK_D]))
+        p_nibble = out + o_nibble + o_n[:, None] * i_half + o_j[None, :]
+        tl.store(p_nibble, b_code.to(tl.uint8), mask=m_out & m_j)

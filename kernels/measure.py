@@ -17,8 +17,8 @@ from .encode import between, has_triton, upload
 from .measure_torch import LARGEST_MEAN, Job, Measured, measure_torch
 
 BLOCK_S = 256  # tokens of a partial sum
-ROTATE_N, ROTATE_K = 128, 32  # this and the next line: the fastest of some sixty on an H200
-SCALE_N, SCALE_D = 128, 16
+ROTATE_N, ROTATE_K = 64, 32
+SCALE_N, SCALE_D = 64, 32
 ALIGNED = 16  # bytes, for loads of whole vectors
 
 
@@ -60,7 +60,7 @@ def measure_triton(jobs: Sequence[Job]) -> list[Measured]:
         )
         rotate_kernel[(programs, blocks)](
             parts[0], table, centres, first.encode, z, energies, tops, heads, width, blocks,
-            D=dim, DP=power, BLOCK_N=block_n, BLOCK_K=ROTATE_K, SPLIT=device.type == "cuda", num_stages=3,
+            D=dim, DP=power, BLOCK_N=block_n, BLOCK_K=ROTATE_K, PRECISION="tf32x3" if device.type == "cuda" else "ieee",
         )  # fmt: skip
         scale_kernel[(programs, -(-dim // SCALE_D))](
             table, z, energies, tops, first.balance, _clips(device), scales, figures, heads, width, blocks,

@@ -89,7 +89,7 @@ def rotate_kernel(
     DP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,  # multiply in bf16: the numbers' first 8 bits and their next 8, three products; errors of about 2^-16
+    PRECISION: tl.constexpr,  # of the product: three of tf32 on a GPU
 ):
     """z of BLOCK_N tokens of one head; grid (J * H, blocks)."""
     i_jh, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -112,15 +112,7 @@ def rotate_kernel(
             b_c = tl.load(centres + i_jh * D + o_k, mask=m_k, other=0.0)
             b_x = tl.where(m_n, b_x - b_c[None, :], 0.0)
             b_w = tl.load(p_w + o_k[:, None] * D + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
-            if SPLIT:
-                b_xh, b_wh = b_x.to(tl.bfloat16), b_w.to(tl.bfloat16)
-                b_xl = (b_x - b_xh.to(tl.float32)).to(tl.bfloat16)
-                b_wl = (b_w - b_wh.to(tl.float32)).to(tl.bfloat16)
-                b_z = tl.dot(b_xl, b_wh, b_z)
-                b_z = tl.dot(b_xh, b_wl, b_z)
-                b_z = tl.dot(b_xh, b_wh, b_z)
-            else:
-                b_z = tl.dot(b_x, b_w, b_z, input_precision="ieee")
+            b_z = tl.dot(b_x, b_w, b_z, input_precision=PRECISION)
         p_z = z + tl.multiple_of(tl.load(p_job + Z), 8) + i_h * length * D + o_n[:, None] * D + o_d[None, :]
         tl.store(p_z, b_z, mask=m_n & m_d[None, :])
         o_out = (i_jh * blocks + i_b) * D + o_d
