@@ -29,7 +29,7 @@ class SideBasis:
 
     encode fp32 [H, D, D]: whitened coordinates times `balance` (bases.py), z = (x - mean) @ encode; decode fp32 [H, D, D], its inverse
     transposed; spectrum fp64 [H, D] on the CPU, energies in whitened coordinates; mean, balance fp32 [H, D].
-    slabs: the plan. scales: bf16 [H, D] for codes of 8 and of 4 bits whose energies are the calibrated ones; plan_scales: by the plan.
+    slabs: the plan. plan_scales: bf16 [H, D] for its codes where their energies are the calibrated ones.
     expected: by head, the energy that the plan discards on the calibration data, coding errors included; usual: how many times as much
     single calibration documents discard at most, 1 where that is not known.
     angles: fp64 [H, 2], mean and deviation of the angle between calibration images and the leading directions (usual.py), or None;
@@ -43,7 +43,6 @@ class SideBasis:
     mean: Tensor
     balance: Tensor
     slabs: tuple[Slabs, ...]
-    scales: dict[int, Tensor]
     plan_scales: Tensor
     expected: tuple[float, ...]
     number: int
@@ -181,7 +180,6 @@ def _side(
         mean=artifact.tensors[f"{prefix}_mean"][own].to(device, torch.float32),
         balance=scale.to(device, torch.float32),
         slabs=slabs,
-        scales=scales,
         plan_scales=merged_scales(scales, slabs),
         expected=tuple(expected.tolist()),
         number=number,
