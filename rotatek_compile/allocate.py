@@ -53,13 +53,19 @@ def all_at_bits(dim: int, bits: str) -> Slabs:
 
 
 def menus_of_bytes(
-    geometry: Geometry, curves: Curves, key_bits: str = "auto", value_bits: str = "auto", escape_ratio: float = 0.0
+    geometry: Geometry,
+    curves: Curves,
+    key_bits: str = "auto",
+    value_bits: str = "auto",
+    escape_ratio: float = 0.0,
+    tokens: int = SEGMENT,
 ) -> Menus:
-    """Keys and Values together, priced by the bytes of a 512-token segment: of each side the options on its convex hull.
+    """Keys and Values together, priced by the bytes of a segment: of each side the options on its convex hull.
 
     Args:
         key_bits, value_bits: precisions that may be used.
         escape_ratio: share of the tokens that have no codes.
+        tokens: of that segment.
     """
     menus = {}
     for (i, h), curve in curves.items():
@@ -72,7 +78,7 @@ def menus_of_bytes(
             values = curve.value.hull(every_slabs(dim, value_bits))
             known = (side.kl[places(side.options, some)] for side, some in ((curve.key, keys), (curve.value, values)))
             kl = curve.together(next(known)[:, None], next(known)).ravel()
-        cost = np.add.outer(*([promised_bytes(slabs, dim, SEGMENT, escape_ratio) for slabs in some] for some in (keys, values))).ravel()
+        cost = np.add.outer(*([promised_bytes(slabs, dim, tokens, escape_ratio) for slabs in some] for some in (keys, values))).ravel()
         menus[i, h] = Menu(tuple(HeadPlan(key, value) for key in keys for value in values), cost, kl)
     return menus
 
@@ -157,12 +163,19 @@ def plan_from_choice(choice: Choice, menus: Menus) -> Plan:
 
 
 def same_everywhere(
-    geometry: Geometry, curves: Curves, share: float, key_bits: str = "auto", value_bits: str = "auto", escape_ratio: float = 0.0
+    geometry: Geometry,
+    curves: Curves,
+    share: float,
+    key_bits: str = "auto",
+    value_bits: str = "auto",
+    escape_ratio: float = 0.0,
+    tokens: int = SEGMENT,
 ) -> Plan:
     """One option of Keys and one of Values for all heads of a width: the best pair by summed curves within a share of dense bytes.
 
     Args:
         escape_ratio: share of the tokens that stay raw; they are paid for first.
+        tokens: of the segments that have to fit.
 
     Raises:
         ValueError: not even the cheapest pair fits.
@@ -173,9 +186,9 @@ def same_everywhere(
         keys, values = every_slabs(dim, key_bits), every_slabs(dim, value_bits)
         key_kl = sum(curve.key.kl[places(curve.key.options, keys)] for curve in some)
         value_kl = sum(curve.value.kl[places(curve.value.options, values)] for curve in some if curve.value is not None)
-        key_cost, value_cost = (np.array([promised_bytes(s, dim, SEGMENT, escape_ratio) for s in options]) for options in (keys, values))
+        key_cost, value_cost = (np.array([promised_bytes(s, dim, tokens, escape_ratio) for s in options]) for options in (keys, values))
         pairs = key_cost[:, None] + value_cost[None, :]
-        if pairs.min() > (most := (share - escape_ratio) * 4 * dim * SEGMENT):
+        if pairs.min() > (most := (share - escape_ratio) * 4 * dim * tokens):
             raise ValueError(f"the smallest plan takes {pairs.min()} of {most} bytes")
         total = np.where(pairs <= most, np.asarray(key_kl)[:, None] + np.asarray(value_kl)[None, :], np.inf)
         key, value = np.unravel_index(int(total.argmin()), total.shape)

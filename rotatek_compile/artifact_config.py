@@ -46,6 +46,7 @@ class Method:
     prior_tokens: int = 256  # n0 of DESIGN.md §4.6: how many tokens the calibrated covariance is worth
     fallback_factor: float = 8.0  # a head that discards more than this many times what is usual (usual.py) keeps more; 0 turns it off
     usual_deviation: float | None = None  # images that deviate more from the calibration documents are said to; None: not known
+    image_tokens: int = 512  # of the short ones among the calibration images: a budget of bytes pays for their own means and scales
     escape_ratio: float = 0.0  # share of a segment's tokens that stay raw in every head: those its codes would lose most of
     levels: tuple[Slabs, ...] = ()  # at which sensitivities were measured, the same for Keys and Values
     rival: str | None = None  # another method than ours, by its name in runtime/rivals/registry.py
@@ -202,6 +203,7 @@ def read_method(data: Any, where: str, version: int = FORMAT_VERSION) -> Method:
         "prior_tokens": _whole(method.prior_tokens, 0, MAX_TOKENS),
         "fallback_factor": _number(method.fallback_factor) and 0 <= method.fallback_factor <= 1e9,
         "usual_deviation": method.usual_deviation is None or (_number(method.usual_deviation) and 0 < method.usual_deviation <= 1e9),
+        "image_tokens": _whole(method.image_tokens, 1, MAX_TOKENS),
         "escape_ratio": _number(method.escape_ratio) and 0 <= method.escape_ratio <= 0.25,
         "rival": method.rival is None or (isinstance(method.rival, str) and len(method.rival) <= MAX_TEXT),
         "text_only": method.text_only is False or (method.text_only is True and method.span == "all" and method.rival is None),

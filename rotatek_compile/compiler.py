@@ -228,6 +228,8 @@ def compile_ours(
     limits, deviation = usual.tensors(together)
     if limits:
         method = replace(method, fallback_factor=FACTOR, usual_deviation=deviation)
+    if (length := usual.image_tokens(together)) is not None:
+        method = replace(method, image_tokens=length)
     spectra = {side: {i: basis.spectrum for i, basis in main[side].items()} for side in SIDES}
     costs = Costs.of(geometry, method.levels, {"key": measured.key, "value": measured.value}, spectra)
     decided, method, checks = plan_from(geometry, costs, JointCheck(cutter, docs, together), method)

@@ -243,10 +243,14 @@ def plan_bytes(geometry: Geometry, plan: Plan, tokens: int = SEGMENT, escape_rat
     )
 
 
-def needed_share(geometry: Geometry, plan: Plan, escape_ratio: float = 0.0) -> float:
-    """Of the dense bytes, the least that a budget must be for this plan and so many escape tokens, whatever their number is rounded to."""
+def needed_share(geometry: Geometry, plan: Plan, escape_ratio: float = 0.0, tokens: int = SEGMENT) -> float:
+    """Of the dense bytes, the least that a budget must be for this plan and so many escape tokens, whatever their number is rounded to.
+
+    Args:
+        tokens: of a segment with its own means and scales.
+    """
     codes = sum(head.bytes_per_token for heads in plan.values() for head in heads)
-    return escape_ratio + (plan_bytes(geometry, plan) - escape_ratio * SEGMENT * codes) / dense_bytes(geometry)
+    return escape_ratio + (plan_bytes(geometry, plan, tokens) - escape_ratio * tokens * codes) / dense_bytes(geometry, tokens)
 
 
 def dense_bytes(geometry: Geometry, tokens: int = SEGMENT) -> int:

@@ -14,7 +14,7 @@ from .cutter import Cutter, Prefilled
 from .geometry import Geometry
 from .parallel import Processes
 from .plan import Plan
-from .planning import Costs, searches_for, searches_of_bytes, smallest_share, stated
+from .planning import Costs, searches_for, searches_of_bytes, smallest_share, stated, tokens_to_pay
 from .repair import repaired, smallest_within
 from .sensitivity import JointCheck
 
@@ -38,7 +38,8 @@ def _searched(geometry: Geometry, costs: Costs, check: JointCheck, method: Metho
             alike=method.allocation == "uniform",
             repair=method.allocation == "allocated",
         )
-        method = replace(method, kv_budget=needed_share(geometry, plan, method.escape_ratio))
+        share = needed_share(geometry, plan, method.escape_ratio)
+        method = replace(method, kv_budget=needed_share(geometry, plan, method.escape_ratio, tokens_to_pay(method, share)))
         return plan, stated(method, geometry, plan), {"kl": kl, "swaps": swaps, "plan": method.allocation}
     searches = searches_for(geometry, costs, method)
     if method.allocation == "uniform" or (method.kv_budget is None and method.keep_ratio == 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,9 @@ from .errors import UsageError
 from .geometry import Geometry
 from .kernels.slabs import Slabs
 from .plan import SIDES, Plan
+
+MEANS = 0.125
+"""Of a budget, what own means of short images may take: they cost as much as one raw token (two bytes a channel, Keys and Values)."""
 
 Spectra = Mapping[str, Mapping[int, Tensor]]  # by side and layer, [Hkv, D]
 
@@ -73,17 +77,28 @@ def searches_for(geometry: Geometry, costs: Costs, method: Method) -> list[Searc
 
 
 def searches_of_bytes(geometry: Geometry, costs: Costs, method: Method, share: float) -> list[Search]:
-    """Searches for the best plan whose 512-token segments take at most a share of the dense bytes, escape tokens included.
+    """Searches for the best plan whose segments take at most a share of the dense bytes, escape tokens included.
 
     Raises:
         UsageError: no plan is that small.
     """
     refuse_too_small(geometry, share, method.escape_ratio)
-    how = method.key_bits, method.value_bits, method.escape_ratio
+    tokens = tokens_to_pay(method, share)
+    how = method.key_bits, method.value_bits, method.escape_ratio, tokens
     menus = (allocation.menus_of_bytes(geometry, curves, *how) for curves in costs.by(method.allocation))
     uniform = allocation.same_everywhere(geometry, costs.energy, share, *how)
-    budget = int((share - method.escape_ratio) * dense_bytes(geometry) * (1 + 1e-12))
+    budget = int((share - method.escape_ratio) * dense_bytes(geometry, tokens) * (1 + 1e-12))
     return [Search(menu, budget, uniform) for menu in menus]
+
+
+def tokens_to_pay(method: Method, share: float) -> int:
+    """Tokens of the segments whose means and scales a budget has to pay for.
+
+    As many as the short ones among the calibration images have, so that each page gets its own: the mean of another page is a poor one,
+    above all of Keys, which RoPE turns with the page's place. Not more than a promise speaks of (`SEGMENT`), and not so few that means take
+    over `MEANS` of the budget.
+    """
+    return max(min(method.image_tokens, SEGMENT), min(math.ceil(1 / (MEANS * share)), SEGMENT))
 
 
 def uniform_of(geometry: Geometry, method: Method) -> Plan:

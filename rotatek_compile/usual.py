@@ -41,6 +41,7 @@ FACTOR = 2.0
 tenth of the heads, more than twice in one of a hundred: a smaller factor would spend bytes wherever a page stands elsewhere."""
 UNKNOWN_FACTOR = 8.0  # what a head may discard over the mean where nothing is known of single documents
 FEWEST = 8  # documents, below which nothing is said of what is usual
+SHORT = 0.1  # of the images are shorter than those that a budget is planned for (planning.py)
 TOKENS = 64  # shorter images say little about angles; text is compared in blocks of so many
 MARGIN = 1.1  # over the largest deviation of a calibration document from all others, and over 1 where they are all alike
 LARGEST_RATIO = 1e9  # where calibration found next to nothing, ratios say nothing
@@ -75,6 +76,7 @@ class UsualSegments:
         self.geometry, self.moments, self.bases = geometry, moments, bases
         self.largest: dict[str, Tensor] = {}  # by `layers.{i}.{kind}.{side}`, tail and code ratios fp64 [2, Hkv, D] on the layer's device
         self.angles: dict[str, list[Tensor]] = {}  # by document, of each of its images: [layers · Hkv]
+        self.lengths: list[int] = []  # tokens of every image
         self._encode: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._seen: set[str] = set()
 
@@ -88,6 +90,7 @@ class UsualSegments:
         runs = {"visual": runs_of(images), "text": _blocks(text)}
         new = {row for row, item in enumerate(doc.items) if item.sample.id not in self._seen}
         self._seen |= {doc.items[row].sample.id for row in new}
+        self.lengths += [end - start for row, start, end in runs["visual"] if row in new]
         for kind in self.bases:
             for row, start, end in runs[kind]:
                 if row in new and end - start > 1:
@@ -118,6 +121,11 @@ class UsualSegments:
         centre = x.mean(1) if kind == "visual" else mean
         z = (x - centre.unsqueeze(1)) @ encode
         return z.square().mean(1), scales_and_errors(z[:, :: -(-z.shape[1] // SAMPLED)], 4)[1]
+
+    def image_tokens(self, together: Processes | None = None) -> int | None:
+        """Tokens that nine images in ten have at least; None where there are none."""
+        lengths = [tokens for part in (together or Processes()).gather(self.lengths) for tokens in part]
+        return int(np.quantile(lengths, SHORT)) if lengths else None
 
     def tensors(self, together: Processes | None = None) -> tuple[dict[str, Tensor], float | None]:
         """Tensors of the artifact (artifact.py) and the largest usual deviation, from what all processes saw.

@@ -80,6 +80,12 @@ def test_damaged_tensors(knowing, change, words):
     assert words in said and said.endswith("; compile the artifact again")
 
 
+@pytest.mark.parametrize("value", [0, -1, 2.5, "2", True, None, 1 << 40])
+def test_damaged_length(knowing, value):
+    edit_config(knowing, lambda config: config["rotatek"].update(image_tokens=value))
+    assert "image_tokens is " in refused(knowing)
+
+
 @pytest.mark.parametrize("value", [0, -1, "2", True, 1e300, [2]])
 def test_damaged_bound(knowing, value):
     edit_config(knowing, lambda config: config["rotatek"].update(usual_deviation=value))
@@ -139,7 +145,9 @@ def read(artifact, bundle):
     return one
 
 
-def test_it_is_measured_when_compiling(artifact):
+def test_it_is_measured_when_compiling(artifact, bundle):
+    text = encoded(*bundle, artifact, page(0)).prompt
+    assert artifact.method.image_tokens == sum(text.count(token) for token in artifact.geometry.visual_token_ids) > 8
     assert artifact.method.fallback_factor == FACTOR and artifact.method.usual_deviation > 1.0
     for i in range(3):
         for side in ("key", "value"):

@@ -11,7 +11,9 @@ from rotatek_compile.errors import UsageError
 from rotatek_compile.geometry import Geometry, LayerGeometry
 from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.plan import HeadPlan, plan_tensors
+from rotatek_compile.planning import tokens_to_pay
 from rotatek_compile.replan import replanned
+from rotatek_compile.runtime.prepared import PreparedArtifact
 
 DIM = 32
 SHAPE = Geometry(
@@ -77,6 +79,27 @@ def test_a_budget_of_bytes(share):
     assert made.method.keep_ratio == pytest.approx(sum(head.key.rank for head in heads) / (4 * DIM), abs=1e-4)
     if share == 1 / 8:
         assert made.plan()[0][1].bytes_per_token > made.plan()[1][0].bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("image", "share", "paid"), [(100, 1 / 8, 100), (100, 1 / 32, 256), (400, 1 / 64, 512), (9000, 1 / 8, 512), (1, 0.5, 16)]
+)
+@pytest.mark.parametrize("how", ["allocated", "uniform"])
+@pytest.mark.parametrize("escape_ratio", [0.0, 1 / 256])
+def test_short_images_have_their_own_means_and_scales(image, share, paid, how, escape_ratio):
+    """A budget leaves room for a set in every image as short as those calibrated on, while means take at most an eighth of it."""
+    made = replanned(artifact(values=True, image_tokens=image, allocation=how, escape_ratio=escape_ratio), kv_budget=share)
+    assert tokens_to_pay(made.method, share) == paid and made.method.image_tokens == image
+    assert PreparedArtifact(made).tokens_per_own <= paid
+    assert needed_share(SHAPE, made.plan(), escape_ratio, paid) <= share * (1 + 1e-9)
+    for tokens in range(512, 4096, 173):  # what a sequence of such images takes, each with its own parts
+        sets = tokens // paid
+        codes = plan_bytes(SHAPE, made.plan(), tokens)
+        parts = plan_bytes(SHAPE, made.plan(), 0)
+        assert codes + (sets - 1) * parts <= (share - escape_ratio) * dense_bytes(SHAPE, tokens) + escape_ratio * codes
+    spent = plan_bytes(SHAPE, made.plan(), paid) / dense_bytes(SHAPE, paid)
+    if how == "allocated" and share >= 1 / 8:  # steps of eight directions are coarse below
+        assert spent > 0.85 * (share - escape_ratio)
 
 
 @pytest.mark.parametrize("share", [1 / 16, 1 / 8, 1 / 2])

@@ -184,6 +184,17 @@ def test_short_images_have_ratios_and_no_angles(measured):
     assert torch.allclose(FACTOR * tensors["layers.0.text.key_tail_ratio"], torch.tensor(UNKNOWN_FACTOR))
 
 
+def test_tokens_of_short_images(measured):
+    """Nine in ten have as many; documents that are seen again do not count, nor does text; processes put theirs together."""
+    assert measured.usual.image_tokens() is None
+    for n in range(2):
+        measured.usual.see(measured.batch(["a", "b"], [[(5, 25), (30, 70)], [(5, 65), (70, 150), (160, 260)]], seed=n))
+    assert sorted(measured.usual.lengths) == [20, 40, 60, 80, 100]
+    assert measured.usual.image_tokens() == 28  # two fifths of the way from 20 to 40
+    others = SimpleNamespace(gather=lambda mine: [mine, [200] * 5])
+    assert measured.usual.image_tokens(others) == 38
+
+
 def test_processes_together(measured):
     """What two processes saw, put together, is what one would have seen."""
     docs = [measured.batch([f"{n}"], [[(10, 290)]], scale=1 + n % 3, seed=n) for n in range(FEWEST + 1)]
