@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .cost_curves import SEGMENT, Curves, Pair, every_slabs, lower_hull, places
+from .cost_curves import FLOOR, SEGMENT, Curves, Pair, every_slabs, lower_hull, places
 from .geometry import Geometry, LayerGeometry
 from .kernels.slabs import NIBBLE_UNIT, UNIT, Slabs
 from .plan import HeadPlan, Plan
@@ -202,12 +202,17 @@ def random_plan(menus: Menus, budget: int, generator: np.random.Generator) -> Pl
     Each plan draws how far it takes heads for equally important, t from 0 to 1, and how wrong it is besides, σ from 0 to 4; a head's KL
     is then multiplied by (its largest KL)^-t · exp(σ x), x normal. So plans reach from nearly right to blind.
     """
-    tempered, sigma = generator.uniform(0, 1), generator.uniform(0, 4)
-    wrong = {}
+    return plan_from_choice(spend(doubted(menus, generator, even=1.0, noise=4.0), budget), menus)
+
+
+def doubted(menus: Menus, generator: np.random.Generator, even: float, noise: float) -> Menus:
+    """The menus with every head's KL multiplied by (its largest KL)^-t · exp(σ x), t drawn up to `even`, σ up to `noise`, x normal."""
+    tempered, sigma = generator.uniform(0, even), generator.uniform(0, noise)
+    found = {}
     for pair, menu in menus.items():
-        factor = float(menu.kl.max()) ** -tempered * float(np.exp(sigma * generator.standard_normal()))
-        wrong[pair] = Menu(menu.options, menu.cost, menu.kl * factor)
-    return plan_from_choice(spend(wrong, budget), menus)
+        factor = max(float(menu.kl.max()), FLOOR) ** -tempered * float(np.exp(sigma * generator.standard_normal()))
+        found[pair] = Menu(menu.options, menu.cost, menu.kl * factor)
+    return found
 
 
 def _layers(geometry: Geometry) -> list[tuple[int, LayerGeometry]]:

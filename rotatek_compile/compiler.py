@@ -52,6 +52,7 @@ from .usual import FACTOR, UsualSegments
 from .weights import check_include, include_weights
 
 Bases = dict[str, dict[int, Basis]]  # by side and layer
+CHECKED = 3
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -252,16 +253,16 @@ def shared_out(items: Documents, sensitivity_samples: int) -> tuple[Documents, D
 
     From eight on, the last eighth gives nothing but the check: what the plan costs on it is an honest figure. That alone would be few
     documents (eight of 64, fewer than a set may have skills), and a plan repaired by what few say is fitted to them. So documents that
-    gave moments but were not read with cuts check it too, as many in all as are read: the plan comes from the cuts, and means and bases
-    of dozens of documents hardly know a single one. At least a quarter is left for checking. Fewer than eight are read all, and are the
-    check as well (none is returned for it).
+    gave moments but were not read with cuts check it too, up to `CHECKED` times as many as are read: the plan comes from the cuts, and
+    means and bases of dozens of documents hardly know a single one. At least a quarter is left for checking. Fewer than eight are read
+    all, and are the check as well (none is returned for it).
     """
     count = len(items)
     if count < 8:
         return items, items[:sensitivity_samples], items[:0]
     used = items[: count - count // 8]
     reads = min(sensitivity_samples, count * 3 // 4)
-    return used, used[:reads], items[max(reads, count - sensitivity_samples) :]
+    return used, used[:reads], items[max(reads, count - CHECKED * sensitivity_samples) :]
 
 
 def bases_of(moments: Moments, geometry: Geometry, name: str, kind: str) -> Bases:

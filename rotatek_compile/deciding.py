@@ -14,7 +14,7 @@ from .cutter import Cutter, Prefilled
 from .geometry import Geometry
 from .parallel import Processes
 from .plan import Plan
-from .planning import Costs, searches_for, searches_of_bytes, smallest_share, stated, tokens_to_pay
+from .planning import Costs, doubted, searches_for, searches_of_bytes, smallest_share, stated, tokens_to_pay
 from .repair import repaired, smallest_within
 from .sensitivity import JointCheck
 
@@ -48,7 +48,7 @@ def _searched(geometry: Geometry, costs: Costs, check: JointCheck, method: Metho
     if method.allocation == "energy":  # what knows of no measure is not repaired by one
         plan = searches[0].plan(searches[0].best())
         return plan, stated(method, geometry, plan), {"kl": check(plan), "swaps": 0, "plan": "energy"}
-    plan, _, swaps = repaired(searches, check.stressed, relief=check.relief)
+    plan, _, swaps = repaired([*searches, *doubted(searches)], check.stressed, relief=check.relief)
     kl = check(plan)
     kind = "uniform" if plan == searches[0].uniform else "allocated"
     return plan, stated(method, geometry, plan), {"kl": kl, "swaps": swaps, "plan": kind}

@@ -69,7 +69,7 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
 @click.option(
     "--sensitivity-samples",
     type=int,
-    help="Of them, documents on which heads are cut; as many others check the plan. Default: 36, or fewer of few.",
+    help="Of them, documents on which heads are cut; up to three times as many others check the plan. Default: 36, or fewer of few.",
 )
 @click.option("--batch-size", type=int, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)

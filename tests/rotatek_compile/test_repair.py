@@ -6,7 +6,7 @@ import pytest
 from rotatek_compile.allocate import Menu
 from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.plan import HeadPlan
-from rotatek_compile.planning import Search
+from rotatek_compile.planning import DOUBTED, Search, doubted
 from rotatek_compile.repair import repaired, smallest_within
 
 
@@ -56,6 +56,28 @@ def test_the_better_start_is_repaired():
     literal = search([0.1, 0.05, 0.04], [9, 1, 0], budget=2, uniform=(8, 8))
     plan, kl, _ = repaired([trusted, literal], lambda p, most=9: truth[ranks(p)])
     assert (ranks(plan), kl) == ((0, 16), 1.0)
+
+
+def test_doubted_searches():
+    """The same every time, each a reading at another doubt; options keep their order, and the budget is the same."""
+    measured = [
+        search([8, 4, 1, 0.1, 0], EVEN, budget=4, uniform=(16, 16)),
+        search([0.8, 0.4, 0.2, 0.1, 0], EVEN, budget=4, uniform=(16, 16)),
+    ]
+    found = doubted(measured)
+    assert len(found) == DOUBTED and {one.budget for one in found} == {4}
+    factors = []
+    for n, one in enumerate(found):
+        for pair, menu in one.menus.items():
+            before = measured[n % 2].menus[pair]
+            assert menu.options == before.options and (menu.cost == before.cost).all()
+            factor = menu.kl[:4] / before.kl[:4]
+            assert np.allclose(factor, factor[0])
+            factors.append(float(np.log(factor[0])))
+    assert 0.5 < np.std(factors) < 2.0 and len(set(factors)) == 2 * DOUBTED
+    plans = {ranks(one.plan(one.best())) for one in found}
+    assert len(plans) > 2 and all(sum(plan) <= 32 for plan in plans)
+    assert [ranks(one.plan(one.best())) for one in doubted(measured)] == [ranks(one.plan(one.best())) for one in found]
 
 
 def test_further_starts_are_looked_at_where_no_repair_is_needed():
