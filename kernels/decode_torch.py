@@ -43,6 +43,15 @@ def decode_attention_torch(q: Tensor, view: CacheView, scaling: float) -> Tensor
     return finish(segment_partials(q, view, scaling)).to(q.dtype)
 
 
+def append_newest(view: CacheView, keys: Tensor, values: Tensor) -> None:
+    """Write the T newest tokens [B, Hkv, T, D] to the end of the window, whose lengths count them already: the kernel does so itself."""
+    new = keys.shape[2]
+    rows = torch.arange(view.batch_size, device=keys.device)[:, None]
+    where = view.window_lengths.long()[:, None] - new + torch.arange(new, device=keys.device)
+    view.window_keys[rows, :, where] = keys.transpose(1, 2)
+    view.window_values[rows, :, where] = values.transpose(1, 2)
+
+
 def segment_partials(q: Tensor, view: CacheView, scaling: float, causal_window: bool = True) -> Partials:
     """Unfinished attention over all segments and the window, to be merged with that over tokens stored elsewhere.
 

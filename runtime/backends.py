@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..errors import RotateKError
 from ..kernels.decode_torch import (
     Partials,
+    append_newest,
     decode_attention_reconstruct,
     finish,
     merge_partials,
@@ -32,12 +33,13 @@ class Backend(Protocol):
 
     name: str
     needs_splits: bool
+    captures: bool  # whether `decode` can be captured in a CUDA graph: the host decides nothing in it
 
     def most_queries(self, group: int) -> int:
         """Most new text tokens that are appended to the window first and attended there."""
 
-    def decode(self, query: Tensor, view: CacheView, scaling: float) -> Tensor:
-        """The T new tokens are the newest of the window."""
+    def decode(self, query: Tensor, view: CacheView, scaling: float, keys: Tensor, values: Tensor) -> Tensor:
+        """The T new tokens `keys`, `values` [B, Hkv, T, D] are written to the end of the window, whose lengths count them, and attended."""
 
     def extend(self, query: Tensor, view: CacheView, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """The T new tokens are `keys`, `values` [B, Hkv, T, D], not stored yet; mask as in `visible_new`."""
@@ -48,11 +50,13 @@ class TorchBackend:
 
     name = "torch"
     needs_splits = False
+    captures = False
 
     def most_queries(self, group: int) -> int:
         return max(1, MOST_ROWS // group)
 
-    def decode(self, query: Tensor, view: CacheView, scaling: float) -> Tensor:
+    def decode(self, query: Tensor, view: CacheView, scaling: float, keys: Tensor, values: Tensor) -> Tensor:
+        append_newest(view, keys, values)
         return finish(self.stored(query, view, scaling, causal_window=True)).to(query.dtype)
 
     def stored(self, query: Tensor, view: CacheView, scaling: float, causal_window: bool) -> Partials:
@@ -82,15 +86,16 @@ class TritonBackend(TorchBackend):
 
     name = "triton"
     needs_splits = True
+    captures = True
 
-    def decode(self, query: Tensor, view: CacheView, scaling: float) -> Tensor:
+    def decode(self, query: Tensor, view: CacheView, scaling: float, keys: Tensor, values: Tensor) -> Tensor:
         from ..kernels.decode import decode_attention, supported
 
         reason = supported(query, view)
         if reason is None:
-            return decode_attention(query, view, scaling)
+            return decode_attention(query, view, scaling, new=(keys, values))
         warnings.warn(f"decoding with the torch backend instead of Triton: {reason}", stacklevel=2)
-        return super().decode(query, view, scaling)
+        return super().decode(query, view, scaling, keys, values)
 
 
 class ReconstructBackend(TorchBackend):
@@ -98,7 +103,8 @@ class ReconstructBackend(TorchBackend):
 
     name = "reconstruct"
 
-    def decode(self, query: Tensor, view: CacheView, scaling: float) -> Tensor:
+    def decode(self, query: Tensor, view: CacheView, scaling: float, keys: Tensor, values: Tensor) -> Tensor:
+        append_newest(view, keys, values)
         return decode_attention_reconstruct(query, view, scaling)
 
     def extend(self, query: Tensor, view: CacheView, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

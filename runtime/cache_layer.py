@@ -108,7 +108,7 @@ class RotateKLayer(CacheLayerMixin):
         self.logical_length += length
         self.real += length if appended else [step.tokens(row) for row in range(batch)]
         if appended:
-            self.store.window.append(key_states, value_states)
+            self.store.window.grow(length)
             self.tail += length
         handle = Handle(self, step, key_states, value_states, appended)
         return handle, handle

@@ -19,21 +19,21 @@ class Handle:
     """
 
     def __init__(self, layer: RotateKLayer, step: Step, keys: Tensor, values: Tensor, appended: bool) -> None:
-        self.layer, self.step, self.appended = layer, step, appended
+        self.layer, self.step, self.appended = layer, step, appended  # appended: the window counts these tokens already
         self.keys: Tensor | None = keys
         self.values: Tensor | None = values
 
     @property
     def first(self) -> bool:
         """Nothing was stored before this call: the stock kernel sees all there is."""
-        return self.layer.logical_length == self.step.length
+        return not self.appended and self.layer.logical_length == self.step.length
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention over the stored tokens and this call's: query [B, Hq, T, D] -> [B, Hq, T, D]. Not for `first` calls."""
         backend = self.layer.backend
         assert self.keys is not None and self.values is not None, "the handle was used after its commit"
         if self.appended:
-            return backend.decode(query, self.layer.store.view(splits=backend.needs_splits), scaling)
+            return backend.decode(query, self.layer.store.view(splits=backend.needs_splits), scaling, self.keys, self.values)
         return backend.extend(query, self.layer.store.view(splits=False), self.keys, self.values, mask, scaling)
 
     def commit(self, query: Tensor) -> None:

@@ -33,21 +33,15 @@ class Window:
         """[B, Hkv, C, D]"""
         return self.buffer[1]
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Append the same T tokens' worth to every row: keys, values [B, Hkv, T, D]; rows may have different lengths."""
-        new = keys.shape[2]
-        self._reserve(int(self.host.max(initial=0)) + new)
-        if (self.host == self.host[0]).all():
-            start = int(self.host[0])
-            self.keys[:, :, start : start + new] = keys
-            self.values[:, :, start : start + new] = values
-        else:
-            where = self.lengths.long()[:, None] + torch.arange(new, device=self.buffer.device)
-            rows = torch.arange(len(self.host), device=self.buffer.device)[:, None]
-            self.keys[rows, :, where] = keys.transpose(1, 2)
-            self.values[rows, :, where] = values.transpose(1, 2)
-        self.host += new
-        self.lengths += new
+    def grow(self, tokens: int) -> None:
+        """Count so many new tokens at the end of every row; whoever attends to them writes them (`Backend.decode`)."""
+        self.reserve(tokens)
+        self.host += tokens
+        self.lengths += tokens
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many more tokens in every row."""
+        self._reserve(int(self.host.max(initial=0)) + tokens)
 
     def append_row(self, row: int, keys: Tensor, values: Tensor) -> None:
         """Append T tokens to one row: keys, values [Hkv, T, D]."""
