@@ -43,6 +43,7 @@ def decode_attention_torch(q: Tensor, view: CacheView, scaling: float) -> Tensor
     return finish(segment_partials(q, view, scaling)).to(q.dtype)
 
 
+@torch.no_grad()
 def append_newest(view: CacheView, keys: Tensor, values: Tensor) -> None:
     """Write the T newest tokens [B, Hkv, T, D] to the end of the window, whose lengths count them already: the kernel does so itself."""
     new = keys.shape[2]

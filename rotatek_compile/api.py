@@ -95,6 +95,7 @@ def load(
     attn_implementation: str | None = None,
     adapter: str | Path | None = None,
     tensor_parallel: bool = False,
+    graphs: bool = True,
 ) -> tuple[Any, Any]:
     """Load an artifact with its base weights: `(model, processor)`, on which `model.generate(**inputs)` uses the compressed cache.
 
@@ -110,6 +111,7 @@ def load(
         attn_implementation: what attends tokens that arrive together: `sdpa`, `flash_attention_2`, `eager`, ...; by default the model's.
         adapter: a peft adapter (directory or Hub id) to put on the base weights.
         tensor_parallel: share the model's heads between the processes of a torchrun; all of them call this, and `generate`.
+        graphs: capture decoding steps in CUDA graphs where the model allows it, as for `enable`.
 
     Raises:
         RotateKError: see `hub.open_artifact`, `read_artifact`, `load_base` and `runtime.enable.enable`.
@@ -119,7 +121,7 @@ def load(
     read = artifact if isinstance(artifact, Artifact) else open_artifact(artifact, revision)
     loaded, processor = load_base(read, model=model, dtype=dtype, device=device, strict=strict, tensor_parallel=tensor_parallel)
     loaded = dressed(loaded, attn_implementation, adapter)
-    enable(loaded, read, backend=backend, fallback=fallback, keep_ratio=keep_ratio, kv_budget=kv_budget)
+    enable(loaded, read, backend=backend, fallback=fallback, keep_ratio=keep_ratio, kv_budget=kv_budget, graphs=graphs)
     return loaded, processor
 
 

@@ -27,7 +27,7 @@ from .handle import Handle
 from .media import CallState
 from .prepared import PreparedArtifact, PreparedLayer
 from .segment_coder import SegmentCoder
-from .segments import Step, columns
+from .segments import Step, columns, plain_step
 from .spans import CodedSpans, SpansBackend
 from .store import Store
 from .text_blocks import TextBlocks
@@ -94,6 +94,9 @@ class RotateKLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, _, length, _ = key_states.shape
+        if self.state.capturing:
+            handle = Handle(self, plain_step(batch, length), key_states, value_states, appended=True)
+            return handle, handle
         if batch != self.store.batch:
             raise RotateKError(
                 f"the cache holds {self.store.batch} sequences, this call has {batch}; start a new cache, or select its rows"
@@ -112,6 +115,13 @@ class RotateKLayer(CacheLayerMixin):
             self.tail += length
         handle = Handle(self, step, key_states, value_states, appended)
         return handle, handle
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens of text that a captured step has appended to every row; on the device they are counted."""
+        self.logical_length += tokens
+        self.real += tokens
+        self.tail += tokens
+        self.segments.store.window.host += tokens
 
     # -- storing ----------------------------------------------------------------------------------------------------------------
 

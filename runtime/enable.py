@@ -23,6 +23,7 @@ from .attention import register, release
 from .backends import Backend, choose_backend
 from .cache import RotateKCache
 from .coder import Coder
+from .graphs import DecodeGraphs
 from .media import ENCODERS, CallState, encoded_lengths, lengths_of
 from .prepared import PreparedArtifact
 from .segments import hides_past, read_kinds
@@ -49,6 +50,7 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         fallback: let heads keep more than planned where a segment is unlike the calibration data.
         keep_ratio, kv_budget: another budget than the artifact's plan, at most one of them: bases nest, so any can be cut from them
             (`rotatek_compile.replan`).
+        graphs: on a GPU with Triton, capture decoding steps in CUDA graphs where the model allows it (graphs.py).
 
     Raises:
         RotateKError: wrong geometry, an architecture that cannot be plugged into, or a backend that cannot run here.
@@ -64,6 +66,7 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         *,
         keep_ratio: float | None = None,
         kv_budget: float | None = None,
+        graphs: bool = True,
     ) -> None:
         self.model = unwrapped(model)
         self.artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
@@ -76,6 +79,8 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         if not fallback:
             self.artifact = _without_fallback(self.artifact)
         self.prepared = PreparedArtifact(self.artifact, shard_of(self.model, self.artifact.geometry))
+        # the heads of several processes meet in every layer
+        self.graphs = DecodeGraphs() if graphs and self.backend.captures and self.prepared.shard.size == 1 else None
         if active(self.model) is not None:
             raise RotateKError("the compressed cache is already enabled on this model; rotatek_compile.disable(model) first")
         if adapter := _adapter(model, self.model):
@@ -170,7 +175,11 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             state.begin(shape, kinds, lengths_of(bound.get("mm_encoder_outputs", extra.get("mm_encoder_outputs"))))
             token = _call.set(state)
             try:
-                out = forward(*args, **kwargs)
+                out = None
+                if shape[1] == 1 and kinds is None and not media and self.graphs is not None:
+                    out = self.graphs.step(cache, forward, {**{name: x for name, x in bound.items() if name != "kwargs"}, **extra})
+                if out is None:
+                    out = forward(*args, **kwargs)
             finally:
                 _call.reset(token)
                 state.end()

@@ -56,6 +56,7 @@ class CallState:
 
     def __init__(self) -> None:
         self.step: Step | None = None
+        self.capturing = False  # the call is recorded, not run: layers count nothing (graphs.py)
         self._kinds: np.ndarray | None = None
         self._shape: tuple[int, int] | None = None
         self._lengths: dict[int, list[int]] = {}  # of this call

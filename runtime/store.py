@@ -71,6 +71,7 @@ class Store:
         self._end = 0  # bytes of the pool with what is pending
         self._released = False  # pool ranges lost their owner since the last flush
         self._view: CacheView | None = None
+        self._views = 0  # made so far
 
     @property
     def batch(self) -> int:
@@ -287,6 +288,7 @@ class Store:
                     num_programs=programs_for(host, processors),
                     device=self.device,
                 )
+            self._views += 1
             self._view = CacheView(
                 table=self.table_on_device,
                 codes=self.codes,
@@ -301,6 +303,18 @@ class Store:
                 splits=plan,
             )
         return self._view
+
+    @property
+    def structure(self) -> int | None:
+        """Stays the same while `view` does: tables, pools and the window lie where they did. None where the next view will be new."""
+        return self._views if self._view is not None and self._view.window_keys.data_ptr() == self.window.keys.data_ptr() else None
+
+    def reserve(self, tokens: int, lengths: Tensor) -> None:
+        """Make room for so many more tokens of text, and count them in `lengths` int32 [B] from now on."""
+        lengths.copy_(self.window.lengths)
+        self.window.lengths = lengths
+        self.window.reserve(tokens)
+        self._view = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor this store keeps alive for its sequences; the artifact's bases and means are not among them."""

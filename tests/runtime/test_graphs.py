@@ -1,0 +1,216 @@
+"""Captured decoding: the same answers as without, wherever a cache's structure changes, and no capture where the host would be read.
+
+Without a GPU a recorder stands in that runs the recorded step again, as a graph would: nothing on the host is counted in it.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from rotatek_compile.runtime import graphs
+from rotatek_compile.runtime.backends import TorchBackend
+from rotatek_compile.runtime.enable import enable
+from rotatek_compile.runtime.graphs import DecodeGraphs
+
+PLAN = [[8, 24], [0, 16], [16, 16]]
+
+
+class Rerun:
+    """Runs the step while it is recorded, which is its first replay; what it returned then is overwritten by later ones."""
+
+    made = []
+
+    def __init__(self, device, earlier):
+        self.earlier, self.replays = earlier, 0
+        self.made.append(self)
+
+    def record(self, step):
+        self.step, self.cache = step, step.__closure__[0].cell_contents.cache
+        self.output = step()
+        return self.output
+
+    def replay(self):
+        self.replays += 1
+        if self.replays > 1:
+            with graphs._capturing(self.cache):
+                again = self.step()
+            for name, x in again.items():
+                if isinstance(x, torch.Tensor):
+                    self.output[name].copy_(x)
+
+
+@pytest.fixture(autouse=True)
+def _captured_in_torch(monkeypatch):
+    monkeypatch.setattr(TorchBackend, "captures", True)
+    monkeypatch.setattr(Rerun, "made", [])
+    monkeypatch.setattr(graphs, "STRETCH", 24)
+
+
+@pytest.fixture
+def enabled(model, make_artifact):
+    """`enable` with the stand-in, or without captures."""
+
+    def make(captured=True, recorder=Rerun, ranks=PLAN, **options):
+        found = enable(model, make_artifact(ranks, **options), backend="torch")
+        found.graphs = DecodeGraphs(recorder) if captured else None
+        return found
+
+    return make
+
+
+@pytest.mark.parametrize(("span", "ranks"), [("visual", PLAN), ("all", 32)])
+def test_the_same_answers(model, ragged, enabled, generate, check_equal, span, ranks):
+    """150 tokens: text leaves the windows twice, and some six stretches are captured. It leaves them later than without, so that what is
+    coded of it is all there is of it."""
+    with enabled(captured=False, span=span, ranks=ranks):
+        expected = generate(model, ragged, 150)
+    with enabled(span=span, ranks=ranks) as one:
+        got = generate(model, ragged, 150)
+        assert one.graphs.compared and not one.graphs.off
+    check_equal(got, expected, 2e-3 if span == "all" else 1e-4)
+    assert 4 <= len(Rerun.made) <= 8 and all(recorder.replays > 10 for recorder in Rerun.made[:-1])
+    assert sum(recorder.replays for recorder in Rerun.made) > 110
+    assert [recorder.earlier for recorder in Rerun.made[1:]] == Rerun.made[:-1]  # the memory of one stretch goes to the next
+    for layer, before in zip(got.cache.layers, expected.cache.layers, strict=True):
+        assert (layer.logical_length, layer.real.tolist(), layer.tail) == (before.logical_length, before.real.tolist(), before.tail)
+        assert (layer.store.window.host == layer.store.window.lengths.numpy()).all()
+
+
+def test_text_leaves_windows_between_stretches(model, ragged, enabled, generate):
+    """However long the stretch, what is raw is bounded by it."""
+    with enabled(span="visual"):
+        got = generate(model, ragged, 150)
+    window = got.cache.layers[0].store.window.host
+    assert (window >= 32).all() and (window < 32 + 64 + 24 + 8).all()
+
+
+def next_tokens(model, cache, ids, count):
+    """Greedy tokens [B, count] from a prefilled cache, one call each; ids [B, 1] come next."""
+    found = []
+    for _ in range(count):
+        positions = torch.tensor(cache.tokens())[:, None]
+        logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
+        ids = logits.argmax(-1, keepdim=True)
+        found.append(ids)
+    return torch.cat(found, 1)
+
+
+def read(model, one, inputs):
+    cache = one.new_cache()
+    first = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+    return cache, first
+
+
+@torch.no_grad()
+def test_crops_forks_and_rows(model, ragged, enabled):
+    """What is done between captured steps is what an ordinary cache would do."""
+    with enabled(captured=False) as one:
+        cache, first = read(model, one, ragged)
+        whole = next_tokens(model, cache, first, 24)
+    with enabled() as one:
+        cache, first = read(model, one, ragged)
+        assert torch.equal(next_tokens(model, cache, first, 10), whole[:, :10]) and len(Rerun.made) == 1
+        cache.crop(-3)
+        assert torch.equal(next_tokens(model, cache, whole[:, 6:7], 5), whole[:, 7:12])
+        assert len(Rerun.made) == 1  # a crop changes lengths alone
+        copied = cache.fork()
+        assert torch.equal(next_tokens(model, cache, whole[:, 11:12], 4), whole[:, 12:16])
+        assert torch.equal(next_tokens(model, copied, whole[:, 11:12], 6), whole[:, 12:18])
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        assert torch.equal(next_tokens(model, cache, whole[[2, 0], 15:16], 8), whole[[2, 0], 16:24])
+        assert torch.equal(next_tokens(model, copied, whole[:, 17:18], 6), whole[:, 18:24])
+        assert 3 <= len(Rerun.made) <= 4
+
+
+@torch.no_grad()
+def test_saved_and_loaded(model, ragged, enabled, tmp_path):
+    with enabled(captured=False) as one:
+        cache, first = read(model, one, ragged)
+        whole = next_tokens(model, cache, first, 16)
+    with enabled() as one:
+        cache, first = read(model, one, ragged)
+        next_tokens(model, cache, first, 8)
+        twin = copy.deepcopy(cache)
+        assert torch.equal(next_tokens(model, cache, whole[:, 7:8], 8), whole[:, 8:])
+        assert torch.equal(next_tokens(model, twin, whole[:, 7:8], 8), whole[:, 8:])
+
+
+def test_beams_are_not_captured(model, prompts, enabled, generate, check_equal):
+    """Rows are selected after every step."""
+    inputs = prompts.batch([[3, prompts.square, 40]])
+    options = {"num_beams": 3, "num_return_sequences": 3}
+    with enabled(captured=False):
+        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=-1, **options)
+    with enabled():
+        assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=-1, **options), expected)
+    assert not Rerun.made
+
+
+def test_a_model_that_counts_on_the_host(model, ragged, enabled, generate, check_equal, monkeypatch):
+    """Its captured step would go on using one length: found at the second replay, before a wrong answer is given."""
+    forward = model.model.forward
+
+    def counting(*args, past_key_values=None, **kwargs):
+        out = forward(*args, past_key_values=past_key_values, **kwargs)
+        if Rerun.made and past_key_values.state.capturing:
+            length = Rerun.made[-1].__dict__.setdefault("length", past_key_values.get_seq_length())
+        else:
+            length = past_key_values.get_seq_length() - 1
+        out.last_hidden_state = out.last_hidden_state * (1 + 0.05 * length)
+        return out
+
+    monkeypatch.setattr(model.model, "forward", counting)
+    with enabled(captured=False):
+        expected = generate(model, ragged, 20)
+    with enabled() as one, pytest.warns(UserWarning, match="without CUDA graphs.*a captured step of this model differs"):
+        got = generate(model, ragged, 20)
+        assert one.graphs.off and len(Rerun.made) == 1 and Rerun.made[0].replays == 2
+    check_equal(got, expected, 1e-3)
+
+
+class Refuses(Rerun):
+    def record(self, step):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+def test_a_step_that_cannot_be_captured(model, ragged, enabled, generate, check_equal):
+    with enabled(captured=False):
+        expected = generate(model, ragged, 12)
+    with enabled(recorder=Refuses), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = generate(model, ragged, 12)
+    check_equal(got, expected)
+    found = [str(one.message) for one in said if "CUDA graph" in str(one.message)]
+    assert len(found) == 1 and found[0].endswith("(operation not permitted when stream is capturing)")
+
+
+@pytest.mark.parametrize("changed", [{"output_attentions": True}, {"position_ids": None}, {"return_dict": False}, {"labels": 17}])
+@torch.no_grad()
+def test_calls_that_need_the_host(model, ragged, enabled, changed):
+    with enabled() as one:
+        cache, ids = read(model, one, ragged)
+        for _ in range(8):
+            given = {"position_ids": torch.tensor(cache.tokens())[:, None], **changed}
+            if "labels" in given:
+                given["labels"] = torch.full_like(ids, 17)
+            model(input_ids=ids, past_key_values=cache, use_cache=True, **given)
+    assert not Rerun.made
+
+
+def test_gradients_are_not_captured(model, ragged, enabled):
+    with enabled() as one, torch.no_grad():
+        cache, ids = read(model, one, ragged)
+        next_tokens(model, cache, ids, 8)
+        assert len(Rerun.made) == 1 and Rerun.made[0].replays > 3
+        with torch.enable_grad():
+            before = Rerun.made[0].replays
+            next_tokens(model, cache, ids, 2)
+    assert Rerun.made[0].replays == before
+
+
+def test_it_can_be_left_out(model, make_artifact):
+    for asked in (True, False):
+        with enable(model, make_artifact(), backend="torch", graphs=asked) as one:
+            assert (one.graphs is not None) == asked
