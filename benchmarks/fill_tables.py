@@ -34,9 +34,21 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
     found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", file] for file in measured("refresh-{}.csv")]
     found["docs/codec.md", "plans"] = [["print_codec.py", "--plans", *measured("plans-{}.json")]]
     found["docs/codec.md", "encode"] = [["bench_encode.py", "--print", "encode.json"]]
+    curves = ("decode-linear", "--linear", "decode_linear.csv"), ("decode-small", "--small", "decode_small.csv")
+    for marker, *words in (("decode-rates", "--rates"), *curves):
+        page = placed(marker)
+        if page and all((HERE / "results" / word).exists() for word in words[1:]):
+            found[page, marker] = [["print_decode.py", *words]]
     for model, file in suites.items():
         found["docs/rivals.md", model] = [["print_suite.py", file], ["print_suite.py", file, "--skills"]]
     return found
+
+
+def placed(marker: str) -> str | None:
+    """The page that has this marker, from the repository's root; None if it is not in use."""
+    pages = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
+    found = (page for page in pages if f"<!-- {marker} -->" in page.read_text(encoding="utf-8"))
+    return next((page.relative_to(HERE.parent).as_posix() for page in found), None)
 
 
 def measured(name: str) -> list[str]:

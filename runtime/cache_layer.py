@@ -248,7 +248,8 @@ class RotateKLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         length = query_length if isinstance(query_length, int) else int(query_length.shape[0])
-        return self.logical_length + length, 0
+        # transformers makes a mask of it in a captured step too, where nobody reads one
+        return length if self.state.capturing else self.logical_length + length, 0
 
     def get_max_length(self) -> int:
         return -1

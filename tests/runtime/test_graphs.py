@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 
+from rotatek_compile.geometry import geometry_of
 from rotatek_compile.runtime import graphs
 from rotatek_compile.runtime.backends import TorchBackend
 from rotatek_compile.runtime.enable import enable
@@ -214,3 +215,22 @@ def test_it_can_be_left_out(model, make_artifact):
     for asked in (True, False):
         with enable(model, make_artifact(), backend="torch", graphs=asked) as one:
             assert (one.graphs is not None) == asked
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("span", "ranks"), [("visual", [[8, 24], [0, 64], [16, 64]]), ("all", 64)])
+def test_on_a_gpu(make_model, make_artifact, ragged, generate, check_equal, span, ranks):
+    """Real graphs, captured anew as text leaves the windows, and the allocator used in between."""
+    model = make_model(head_dim=64).cuda()
+    artifact = make_artifact(ranks, geometry_of(model.config), span=span)
+    inputs = {name: x.cuda() for name, x in ragged.items()}
+    got = []
+    for captured in (False, True, True):
+        with enable(model, artifact, backend="triton", graphs=captured) as one, warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*CUDA graph.*")
+            got.append(generate(model, inputs, 150))
+            assert not captured or (one.graphs.compared and any(history.captured for history in one.graphs.histories.values()))
+        torch.empty(2**24, device="cuda").fill_(float("nan"))
+    check_equal(got[1], got[0], 2e-3 if span == "all" else 1e-4)
+    assert torch.equal(got[2].logits, got[1].logits)
