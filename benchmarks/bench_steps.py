@@ -18,11 +18,10 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_full_size import llava_next, random_model  # noqa: E402
+from print_decode import steps_table  # noqa: E402
 
 from rotatek_compile.artifact import Artifact, Method
 from rotatek_compile.geometry import Geometry, geometry_of
@@ -56,6 +56,7 @@ PLANS = {"K 32x8, V 128x8": ((0, 32, 0), (0, 128, 0)), "K 32x4, V 128x4": ((0, 0
 WARM, STEPS = 12, 40
 DENSE = "dense_without_mask"
 COLUMNS = ("batch", "tokens", "cache", "ms", "tokens_per_second", "cache_gb", "over_best_dense", "bytes_allow", "reached")
+COLUMNS += ("device", "torch", "transformers")
 
 
 def artifact_of(geometry: Geometry, keys: Slabs, values: Slabs) -> Artifact:
@@ -249,19 +250,6 @@ def rows_at(model: Any, batch: int, tokens: int, plans: dict[str, Any], steps: i
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """As markdown."""
-    head = ["B", "T", "cache", "ms a step", "tokens/s", "cache GB", "over the best dense", "bytes allow", "reached"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = [str(row["batch"]), str(row["tokens"]), row["cache"], f"{float(row['ms']):.1f}", f"{float(row['tokens_per_second']):.0f}"]
-        cells.append(f"{float(row['cache_gb']):.2f}")
-        cells += [f"{float(row[name]):.2f}" if row.get(name) not in (None, "") else "" for name in COLUMNS[6:]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-@torch.inference_mode(False)
 @torch.no_grad()
 def main() -> None:
     """Measure, print, save."""
@@ -277,14 +265,14 @@ def main() -> None:
     points = [(2, 192)] if args.small else [tuple(int(n) for n in point.split("x")) for point in args.points]
     rows = [row for batch, tokens in points for row in rows_at(model, batch, tokens, plans, args.steps)]
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    record = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__, "points": [list(p) for p in points]}
+    record = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+    rows = [row | record for row in rows]
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "steps.json").write_text(json.dumps(record, indent=2) + "\n")
     with (args.output / "steps.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}\n\n{table(rows)}")
+    print("\n".join(steps_table(rows)))
 
 
 if __name__ == "__main__":

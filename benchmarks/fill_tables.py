@@ -34,8 +34,12 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
     found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", file] for file in measured("refresh-{}.csv")]
     found["docs/codec.md", "plans"] = [["print_codec.py", "--plans", *measured("plans-{}.json")]]
     found["docs/codec.md", "encode"] = [["bench_encode.py", "--print", "encode.json"]]
-    curves = ("decode-linear", "--linear", "decode_linear.csv"), ("decode-small", "--small", "decode_small.csv")
-    for marker, *words in (("decode-rates", "--rates"), *curves):
+    more = [
+        ("decode-rates", "--rates"),
+        ("decode-linear", "--linear", "decode_linear.csv"),
+        ("decode-small", "--small", "decode_small.csv"),
+    ]
+    for marker, *words in (*more, ("steps", "--steps", "steps.csv")):
         page = placed(marker)
         if page and all((HERE / "results" / word).exists() for word in words[1:]):
             found[page, marker] = [["print_decode.py", *words]]

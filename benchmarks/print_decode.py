@@ -4,6 +4,7 @@ python benchmarks/print_decode.py [benchmarks/results/bench_decode.csv]         
 python benchmarks/print_decode.py --rates                                         # what that table comes to, in a sentence or two
 python benchmarks/print_decode.py --linear benchmarks/results/decode_linear.csv [--plot docs/decode_linear.png]
 python benchmarks/print_decode.py --small benchmarks/results/decode_small.csv
+python benchmarks/print_decode.py --steps benchmarks/results/steps.csv              # whole steps, of bench_steps.py
 """
 
 from __future__ import annotations
@@ -210,6 +211,21 @@ def plot_linear(rows: list[Row], file: Path) -> None:
     plt.close(figure)
 
 
+def steps_table(rows: list[Row]) -> list[str]:
+    """Whole steps of a model, dense and compressed."""
+    head = ["B", "T", "cache", "ms a step", "tokens/s", "cache GB", "over the best dense", "bytes allow", "reached"]
+    first = rows[0]
+    lines = [f"{first['device']}, torch {first['torch']}, transformers {first['transformers']}", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [str(row["batch"]), str(row["tokens"]), str(row["cache"])]
+        cells += [f"{float(row['ms']):.1f}", f"{float(row['tokens_per_second']):.0f}", f"{float(row['cache_gb']):.2f}"]
+        ratios = (row.get(name) for name in ("over_best_dense", "bytes_allow", "reached"))
+        cells += ["" if ratio in (None, "") else f"{float(ratio):.2f}" for ratio in ratios]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print tables of decode attention that bench_decode.py measured.")
     parser.add_argument(
@@ -219,6 +235,7 @@ def main() -> None:
     parser.add_argument("--linear", type=Path, metavar="CSV", help="cost from 16k to 128k tokens, of bench_decode.py --linear, instead")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="with --linear: draw it too (needs matplotlib)")
     parser.add_argument("--small", type=Path, metavar="CSV", help="small caches, of bench_decode.py --small, instead")
+    parser.add_argument("--steps", type=Path, metavar="CSV", help="whole steps, of bench_steps.py, instead")
     args = parser.parse_args()
     if args.plot and not args.linear:
         parser.error("--plot draws what --linear names")
@@ -226,6 +243,8 @@ def main() -> None:
         lines = linear_table(read(args.linear))
     elif args.small:
         lines = small_table(read(args.small))
+    elif args.steps:
+        lines = steps_table(read(args.steps))
     else:
         lines = (rates if args.rates else table)(read(args.file))
     print("\n".join(lines))
