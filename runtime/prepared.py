@@ -164,7 +164,8 @@ class PreparedArtifact:
 def _side(
     artifact: Artifact, prefix: str, own: slice, slabs: tuple[Slabs, ...], number: int, device: torch.device, dtype: torch.dtype
 ) -> SideBasis:
-    encode = artifact.tensors[f"{prefix}_encode"][own].double()
+    # eigenvectors that were never written to a file lie column by column; kernels read rows
+    encode = artifact.tensors[f"{prefix}_encode"][own].double().contiguous()
     # made here, not stored: exactly the inverse of what was stored (DESIGN.md §5)
     decode = torch.linalg.inv(encode).mT
     spectrum = artifact.tensors[f"{prefix}_spectrum"][own].double().cpu()
@@ -177,7 +178,7 @@ def _side(
         encode=(encode * scale.unsqueeze(-2)).to(device, torch.float32),
         decode=(decode / scale.unsqueeze(-2)).to(device, torch.float32),
         spectrum=spectrum,
-        mean=artifact.tensors[f"{prefix}_mean"][own].to(device, torch.float32),
+        mean=artifact.tensors[f"{prefix}_mean"][own].to(device, torch.float32).contiguous(),
         balance=scale.to(device, torch.float32),
         slabs=slabs,
         plan_scales=merged_scales(scales, slabs),

@@ -1,6 +1,7 @@
 """Coding one segment: codes stand for what was coded, and errors are those of a straightforward computation in fp64."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,3 +203,16 @@ def test_half_precision_is_coded_like_single(side_of):
     assert one.slabs == two.slabs
     for a, b in zip(write(x, one, torch.bfloat16)[0], write(x.float(), two, torch.bfloat16)[0], strict=True):
         assert torch.equal(a, b)
+
+
+def test_bases_in_any_layout(make_artifact):
+    """Eigenvectors come column by column, and an artifact just compiled was never written; kernels take rows."""
+    artifact = make_artifact(plan=[[HeadPlan(Slabs(8), RAW)] * HEADS] * LAYERS)
+    expected = PreparedArtifact(artifact).layer(1, torch.device("cpu"), torch.float32).kinds["visual"]
+    turned = {name: x.mT.contiguous().mT if name.endswith("_encode") else x for name, x in artifact.tensors.items()}
+    turned |= {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in turned.items() if name.endswith("_mean")}
+    got = PreparedArtifact(replace(artifact, tensors=turned)).layer(1, torch.device("cpu"), torch.float32).kinds["visual"]
+    assert not turned["layers.1.visual.key_encode"].is_contiguous() and not turned["layers.1.visual.key_mean"].is_contiguous()
+    for before, after in zip(expected.sides, got.sides, strict=True):
+        assert torch.equal(before.encode, after.encode) and torch.equal(before.mean, after.mean)
+        assert after.encode.is_contiguous() and after.mean.is_contiguous() and after.balance.is_contiguous()
