@@ -8,7 +8,7 @@ rounded and from the probabilities as they were rounded, so nothing is lost by i
 import triton
 import triton.language as tl
 
-from .decode_sides import mean, nibbles, place, rotated, slabs, unrotated
+from .decode_sides import headroom, largest, mean, nibbles, place, rotated, slabs, two_parts, unrotated
 from .table import KEY, LENGTH, SCALES, VALUE
 
 C_LENGTH, C_KEY, C_VALUE, C_SCALES = tl.constexpr(LENGTH), tl.constexpr(KEY), tl.constexpr(VALUE), tl.constexpr(SCALES)
@@ -199,19 +199,33 @@ def coded(
         p_basis, i_stride = place(p_key, bases, own_bases)
         p_scales = scales + tl.load(p_key + C_SCALES)
         b_bias = tl.sum(b_q.to(tl.float32) * mean(p_key, means, own_means, D, DP)[None, :], 1)
+        i_top = tl.zeros([], tl.float32)
         if KN > 0:
-            b_qn, b_ln = rotated(b_q, p_basis, i_stride, i_kn, p_scales, D, DP, KN, False, TYPE, UPCAST, PRECISION)
+            b_qn = rotated(b_q, p_basis, i_stride, i_kn, p_scales, D, DP, KN, False, UPCAST, PRECISION)
+            i_top = tl.maximum(i_top, largest(b_qn))
         if K8 > 0:
-            b_q8, b_l8 = rotated(b_q, p_basis + i_kn, i_stride, i_k8, p_scales, D, DP, K8, True, TYPE, UPCAST, PRECISION)
+            b_q8 = rotated(b_q, p_basis + i_kn, i_stride, i_k8, p_scales, D, DP, K8, True, UPCAST, PRECISION)
+            i_top = tl.maximum(i_top, largest(b_q8))
         if K4 > 0:
             p_basis += i_kn + i_k8
             p_scales += i_k8
-            b_qa, b_la = rotated(b_q, p_basis, i_stride, i_k4, p_scales, D, DP, K4, True, TYPE, UPCAST, PRECISION)
-            b_qb, b_lb = rotated(b_q, p_basis + i_k4, i_stride, i_k4, p_scales + i_k4, D, DP, K4, True, TYPE, UPCAST, PRECISION)
-            b_bias += 0.5 * tl.sum(b_qa.to(tl.float32) + b_qb.to(tl.float32), 1)
+            b_qa = rotated(b_q, p_basis, i_stride, i_k4, p_scales, D, DP, K4, True, UPCAST, PRECISION)
+            b_qb = rotated(b_q, p_basis + i_k4, i_stride, i_k4, p_scales + i_k4, D, DP, K4, True, UPCAST, PRECISION)
+            i_top = tl.maximum(i_top, tl.maximum(largest(b_qa), largest(b_qb)))
+        i_less = headroom(i_top) if tl.float16 == TYPE else 1.0
+        if KN > 0:
+            b_qn, b_ln = two_parts(b_qn / i_less, TYPE, UPCAST)
+        if K8 > 0:
+            b_q8, b_l8 = two_parts(b_q8 / i_less, TYPE, UPCAST)
+        if K4 > 0:
+            b_qa, b_la = two_parts(b_qa / i_less, TYPE, UPCAST)
+            b_qb, b_lb = two_parts(b_qb / i_less, TYPE, UPCAST)
+            b_half = tl.sum(b_qa.to(tl.float32) + b_qb.to(tl.float32), 1)
             if TWO_PART:
-                b_bias += 0.5 * tl.sum(b_la.to(tl.float32) + b_lb.to(tl.float32), 1)
+                b_half += tl.sum(b_la.to(tl.float32) + b_lb.to(tl.float32), 1)
+            b_bias += 0.5 * i_less * b_half
         b_bias *= scale
+        scale *= i_less
     b_m, b_l, b_an, b_a8, b_aa, b_ab = attend(
         b_qn, b_ln, b_q8, b_l8, b_qa, b_la, b_qb, b_lb, b_bias, tl.zeros([M], tl.int32),
         p_kn, p_k8, p_k4, p_vn, p_v8, p_v4, D if RAW_KEYS else i_kn, i_k8, i_k4, D if RAW_VALUES else i_vn, i_v8, i_v4, i_count, scale,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .decode_columns import all_warps, met, rotated, unrotated, unrotated_pairs
-from .decode_sides import basis, mean, place, slabs, two_parts
+from .decode_sides import basis, headroom, largest, mean, place, slabs, two_parts
 from .decode_widen import keys_4, keys_8, values_4, values_8
 from .table import KEY, LENGTH, SCALES, VALUE
 
@@ -30,7 +30,7 @@ def _step(
     o_t,  # [W, N] token of the tile
     i_left,  # tokens left
     scale,
-    RAW_KEYS: tl.constexpr,
+    RESCALED: tl.constexpr,  # the logits are not yet whole: by `scale`
     KN: tl.constexpr,
     K8: tl.constexpr,
     K4: tl.constexpr,
@@ -77,7 +77,7 @@ def _step(
         b_low, b_high = keys_4(b_k4, UPCAST)
         b_s = tl.dot(b_low, queries[3], b_s)
         b_s = tl.dot(b_high, queries[4], b_s)
-    if RAW_KEYS:  # else the scale is in the queries
+    if RESCALED:  # else all of it is in the queries
         b_s *= scale
     if LAST:
         b_s = tl.where(m_k, b_s, float("-inf"))
@@ -180,16 +180,31 @@ def coded_apart(
         p_basis, i_stride = place(p_key, bases, own_bases)
         p_scales = scales + tl.load(p_key + C_SCALES)
         b_bias = tl.sum(b_q.to(tl.float32) * mean(p_key, means, own_means, D, DP)[:, None], 0) * scale
+        i_top = tl.zeros([], tl.float32)
         if KN > 0:
-            b_qn, b_ln = two_parts(rotated(b_q, p_basis, i_stride, i_kn, p_scales, scale, D, DP, KN, False, WARPS, UPCAST), TYPE, UPCAST)
+            b_qn = rotated(b_q, p_basis, i_stride, i_kn, p_scales, scale, D, DP, KN, False, WARPS, UPCAST)
+            i_top = tl.maximum(i_top, largest(b_qn))
         if K8 > 0:
-            b_q8 = rotated(b_q, p_basis + i_kn, i_stride, i_k8, p_scales, scale, D, DP, K8, True, WARPS, UPCAST).to(CODE)
+            b_q8 = rotated(b_q, p_basis + i_kn, i_stride, i_k8, p_scales, scale, D, DP, K8, True, WARPS, UPCAST)
+            i_top = tl.maximum(i_top, largest(b_q8))
         if K4 > 0:
             p_basis += i_kn + i_k8
             p_scales += i_k8
-            b_qa = rotated(b_q, p_basis, i_stride, i_k4, p_scales, scale, D, DP, K4, True, WARPS, UPCAST).to(CODE)
-            b_qb = rotated(b_q, p_basis + i_k4, i_stride, i_k4, p_scales + i_k4, scale, D, DP, K4, True, WARPS, UPCAST).to(CODE)
-            b_bias += 0.5 * tl.sum(b_qa.to(tl.float32) + b_qb.to(tl.float32), 0)
+            b_qa = rotated(b_q, p_basis, i_stride, i_k4, p_scales, scale, D, DP, K4, True, WARPS, UPCAST)
+            b_qb = rotated(b_q, p_basis + i_k4, i_stride, i_k4, p_scales + i_k4, scale, D, DP, K4, True, WARPS, UPCAST)
+            i_top = tl.maximum(i_top, tl.maximum(largest(b_qa), largest(b_qb)))
+        # in a cache of fp16 only: elsewhere it would cost a product per tile
+        i_less = headroom(i_top) if tl.float16 == TYPE else 1.0
+        if KN > 0:
+            b_qn, b_ln = two_parts(b_qn / i_less, TYPE, UPCAST)
+        if K8 > 0:
+            b_q8 = (b_q8 / i_less).to(CODE)
+        if K4 > 0:
+            b_qa = (b_qa / i_less).to(CODE)
+            b_qb = (b_qb / i_less).to(CODE)
+            b_bias += 0.5 * i_less * tl.sum(b_qa.to(tl.float32) + b_qb.to(tl.float32), 0)
+        scale = i_less  # the rest is in the queries
+    RESCALED: tl.constexpr = RAW_KEYS or tl.float16 == TYPE
     queries = (all_warps(b_qn, WARPS), all_warps(b_ln, WARPS), all_warps(b_q8, WARPS), all_warps(b_qa, WARPS), all_warps(b_qb, WARPS))
 
     N: tl.constexpr = BLOCK_N // WARPS
@@ -218,7 +233,7 @@ def coded_apart(
         b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3 = _step(
             (b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3), queries, (p_kn + o_kn, p_k8 + o_k8, p_k4 + o_k4),
             (p_vn + o_vn, p_v8 + o_v8, p_v4 + o_v4), m_keys, m_values, o_t, i_count, scale,
-            RAW_KEYS, KN, K8, K4, VN, V8, V4, False, False if RAW_KEYS else TWO_PART, UPCAST,
+            RESCALED, KN, K8, K4, VN, V8, V4, False, False if RAW_KEYS else TWO_PART, UPCAST,
         )  # fmt: skip
         p_kn += BLOCK_N * (D if RAW_KEYS else i_kn)
         p_k8 += BLOCK_N * i_k8
@@ -231,7 +246,7 @@ def coded_apart(
         b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3 = _step(
             (b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3), queries, (p_kn + o_kn, p_k8 + o_k8, p_k4 + o_k4),
             (p_vn + o_vn, p_v8 + o_v8, p_v4 + o_v4), m_keys, m_values, o_t, i_left, scale,
-            RAW_KEYS, KN, K8, K4, VN, V8, V4, True, False if RAW_KEYS else TWO_PART, UPCAST,
+            RESCALED, KN, K8, K4, VN, V8, V4, True, False if RAW_KEYS else TWO_PART, UPCAST,
         )  # fmt: skip
 
     b_top = tl.max(b_m, 0)  # some warp has seen a token

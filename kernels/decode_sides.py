@@ -88,6 +88,18 @@ def two_parts(b, TYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def largest(b):
+    """The largest magnitude of a block [R, C]."""
+    return tl.max(tl.max(tl.abs(b), 1), 0)
+
+
+@triton.jit
+def headroom(i_top):
+    """The least power of two by which numbers up to `i_top` are divided to stay below 2**15, so that fp16 has them; at least 1."""
+    return tl.exp2(tl.ceil(tl.log2(tl.maximum(i_top * (1.0 / 32768.0), 1.0))))
+
+
+@triton.jit
 def rotated(
     b_q,  # [M, DP]
     p_basis,
@@ -98,16 +110,15 @@ def rotated(
     DP: tl.constexpr,
     TILE: tl.constexpr,
     SCALED: tl.constexpr,
-    TYPE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The query in the coordinates of one slab of the Keys, the codes' scales folded in: two parts [M, TILE]."""
+    """The query in the coordinates of one slab of the Keys, the codes' scales folded in: [M, TILE] fp32."""
     b_rotated = tl.dot(b_q, basis(p_basis, i_stride, i_width, D, DP, TILE, UPCAST), input_precision=PRECISION)
     if SCALED:
         o_r = tl.arange(0, TILE)
         b_rotated *= tl.load(p_scales + o_r, mask=o_r < i_width, other=0.0).to(tl.float32)[None, :]
-    return two_parts(b_rotated, TYPE, UPCAST)
+    return b_rotated
 
 
 @triton.jit

@@ -176,8 +176,10 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             token = _call.set(state)
             try:
                 out = None
-                if shape[1] == 1 and kinds is None and not media and self.graphs is not None:
+                if self.graphs is not None and shape[1] == 1 and kinds is None and not media:
                     out = self.graphs.step(cache, forward, {**{name: x for name, x in bound.items() if name != "kwargs"}, **extra})
+                elif self.graphs is not None:
+                    self.graphs.forget(cache)
                 if out is None:
                     out = forward(*args, **kwargs)
             finally:

@@ -202,10 +202,17 @@ class DecodeGraphs:
         if history.steady < STEADY:
             return None
         if history.lengths is None:  # this step runs as usual in the larger windows, so that every kernel is there when it is captured
-            history.lengths = _reserve(call.layers)
+            try:
+                history.lengths = _reserve(call.layers)
+            except torch.OutOfMemoryError:
+                self._turn_off(f"there is no memory for {STRETCH} more tokens of raw text in every row")
             history.structure = call.structure
             return None
         return self._captured(history, call)
+
+    def forget(self, cache: RotateKCache) -> None:
+        """A call of several tokens came, a new turn as a rule: whatever else changed between, the next stretch is captured anew."""
+        self.histories.pop(cache, None)
 
     def _captured(self, history: History, call: Call) -> Any:
         """Capture this step and run it."""
@@ -223,6 +230,9 @@ class DecodeGraphs:
                 output = recorder.record(step)
         except RuntimeError as error:
             self._turn_off(f"this model's step cannot be captured in a CUDA graph ({str(error).splitlines()[0]})")
+            return None
+        if any(isinstance(part, (tuple, list)) for part in output.values()):  # hidden states, if the config asks for them
+            self._turn_off("this model's step returns more than logits")
             return None
         history.captured, history.earlier = Captured(recorder, inputs, call.kept, history.structure, output), None
         return self._replayed(history.captured, call)

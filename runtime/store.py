@@ -311,9 +311,9 @@ class Store:
 
     def reserve(self, tokens: int, lengths: Tensor) -> None:
         """Make room for so many more tokens of text, and count them in `lengths` int32 [B] from now on."""
+        self.window.reserve(tokens)  # may find no memory: nothing else has changed then
         lengths.copy_(self.window.lengths)
         self.window.lengths = lengths
-        self.window.reserve(tokens)
         self._view = None
 
     def tensors(self) -> dict[str, Tensor]:

@@ -82,6 +82,16 @@ def missing_means():
     return run([[[Segment(33, key, kept[3 - i])] for i, key in enumerate(kept)]], [4], 64, 2, 1, f32)
 
 
+def overflow(tiles=None):
+    """A query in fp16 of which every rotated number is beyond fp16: the softmax picks single tokens, so Keys must be met exactly."""
+    layout = pairs(Coded(16, 8, 16), [Coded(8, 0, 32), None], length=5)
+    cache = random_cache(layout, [3], 64, 8, f16)
+    view = dataclasses.replace(cache.view, scales=cache.view.scales * 100)
+    q = (torch.randn(1, 8, 1, 64) * 1e4).half()
+    expected = decode_attention_torch(q.double(), view, 1.0)
+    return relative_error(decode.decode_attention(q, view, 1.0, tiles=tiles, two_part_query=True), expected)
+
+
 f16, f32, bf16 = torch.float16, torch.float32, torch.bfloat16
 NATIVE = [[Coded(rank), None] for rank in (0, 8, 24, 40, 128)]  # Keys alone, in native numbers
 BYTES = [Coded(0, 8), Coded(0, 24), Coded(0, 128)]
@@ -121,6 +131,8 @@ CASES = {  # name: (what to run, largest error)
     "apart-d256": (lambda: run(pairs(Coded(0, 0, 128), Coded(0, 32, 16), length=200), [3], 256, 2, 1, f16), 2e-3),
     "apart-own-way-fp32": (lambda: run(pairs(*ALL, length=200), [3], 128, 2, 1, f32, tiles=APART, two_part=True), 1e-5),
     "apart-8-warps": (lambda: run(pairs(*ALL, length=300), [3], 128, 2, 1, f32, tiles=APART_8), 1e-5),
+    "fp16-overflow": (overflow, 3e-3),
+    "fp16-overflow-together": (lambda: overflow(SMALL), 3e-3),
     "append": (lambda: appended(pairs(Coded(0, 0, 32), Coded(8), None), [1], 64, 4, 1, f16), 2e-3),
     "append-3-to-splits": (lambda: appended([[[Segment(9)]] * 2] * 3, [130, 65, 3], 96, 2, 3, f16), 2e-3),
     "shared-offsets": (shared_offsets, 2e-3),

@@ -1,5 +1,7 @@
 """The Triton kernels on a GPU, against float64; skipped without one. Most of the time is compiling: a kernel per case."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -85,6 +87,17 @@ def test_warps_apart_at_every_length(group, new):
         widths = decode.Widths.of(plan.key_widths, plan.value_widths, plan.pairs)
         assert decode.config(widths, 128, 2, 16 if group * new > 8 else 8).apart
         check(cache, group, new, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize("tiles", [None, decode.Config(32, 2, 32, 2)], ids=["apart", "together"])
+def test_overflow_of_fp16(tiles):
+    """Rotated queries beyond fp16: the softmax picks single tokens."""
+    layout = [[[Segment(5 + h, Coded(16, 8, 16), value)] for h, value in enumerate((Coded(16, 8, 16), None))]]
+    cache = random_cache(layout, [3], 64, 8, torch.float16, device="cuda")
+    view = dataclasses.replace(cache.view, scales=cache.view.scales * 100)
+    q = (torch.randn(1, 8, 1, 64, generator=torch.Generator().manual_seed(3)) * 1e4).half().cuda()
+    expected = decode_attention_torch(q.double(), view, 1.0)
+    assert relative_error(decode.decode_attention(q, view, 1.0, tiles=tiles, two_part_query=True), expected) < LIMITS[torch.float16]
 
 
 @pytest.mark.parametrize("new", [1, 3])

@@ -1,6 +1,6 @@
 """Captured decoding: the same answers as without, wherever a cache's structure changes, and no capture where the host would be read.
 
-Without a GPU a recorder stands in that runs the recorded step again, as a graph would: nothing on the host is counted in it.
+Without a GPU a recorder stands in that runs the recorded step again: as in a graph, nothing on the host is counted in it.
 """
 
 import copy
@@ -14,12 +14,13 @@ from rotatek_compile.runtime import graphs
 from rotatek_compile.runtime.backends import TorchBackend
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.graphs import DecodeGraphs
+from rotatek_compile.runtime.window import Window
 
 PLAN = [[8, 24], [0, 16], [16, 16]]
 
 
 class Rerun:
-    """Runs the step while it is recorded, which is its first replay; what it returned then is overwritten by later ones."""
+    """Runs the step where a graph would replay it; what it returns is written over what it returned when it was recorded."""
 
     made = []
 
@@ -28,18 +29,19 @@ class Rerun:
         self.made.append(self)
 
     def record(self, step):
-        self.step, self.cache = step, step.__closure__[0].cell_contents.cache
-        self.output = step()
+        outside = dict(zip(step.__code__.co_freevars, (cell.cell_contents for cell in step.__closure__), strict=True))
+        self.step, self.cache = step, outside["call"].cache
+        self.output = step()  # for what it returns; a graph would not have run it
+        outside["lengths"].sub_(1)
         return self.output
 
     def replay(self):
         self.replays += 1
-        if self.replays > 1:
-            with graphs._capturing(self.cache):
-                again = self.step()
-            for name, x in again.items():
-                if isinstance(x, torch.Tensor):
-                    self.output[name].copy_(x)
+        with graphs._capturing(self.cache):
+            again = self.step()
+        for name, x in again.items():
+            if isinstance(x, torch.Tensor):
+                self.output[name].copy_(x)
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +187,53 @@ def test_a_step_that_cannot_be_captured(model, ragged, enabled, generate, check_
     check_equal(got, expected)
     found = [str(one.message) for one in said if "CUDA graph" in str(one.message)]
     assert len(found) == 1 and found[0].endswith("(operation not permitted when stream is capturing)")
+
+
+def test_a_step_that_returns_hidden_states(model, ragged, enabled, generate, check_equal, monkeypatch):
+    """What is captured would be written over by the next step."""
+    with enabled(captured=False):
+        expected = generate(model, ragged, 12)
+    text = model.config.get_text_config()
+    monkeypatch.setattr(text, "output_hidden_states", True)
+    monkeypatch.setattr(model.config, "output_hidden_states", True)
+    with enabled() as one, pytest.warns(UserWarning, match="returns more than logits"):
+        got = generate(model, ragged, 12)
+        assert one.graphs.off
+    check_equal(got, expected)
+
+
+def test_no_memory_for_a_stretch(model, ragged, enabled, generate, check_equal, monkeypatch):
+    """Half of the layers have room when it runs out; nothing is lost."""
+    reserve, asked = Window.reserve, []
+
+    def scarce(self, tokens):
+        asked.append(tokens)
+        if tokens == graphs.STRETCH and asked.count(tokens) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        reserve(self, tokens)
+
+    with enabled(captured=False):
+        expected = generate(model, ragged, 30)
+    monkeypatch.setattr(Window, "reserve", scarce)
+    with enabled() as one, pytest.warns(UserWarning, match="no memory for 24 more tokens of raw text"):
+        got = generate(model, ragged, 30)
+        assert one.graphs.off and not Rerun.made
+    check_equal(got, expected)
+
+
+@torch.no_grad()
+def test_another_turn_is_captured_anew(model, ragged, enabled):
+    """Adapters may have been changed in between."""
+    with enabled(captured=False) as one:
+        cache, first = read(model, one, ragged)
+        next_tokens(model, cache, first, 8)
+        model(input_ids=first.repeat(1, 5), position_ids=torch.tensor(cache.tokens())[:, None] + torch.arange(5), past_key_values=cache)
+        expected = next_tokens(model, cache, first, 8)
+    with enabled() as one:
+        cache, first = read(model, one, ragged)
+        next_tokens(model, cache, first, 8)
+        model(input_ids=first.repeat(1, 5), position_ids=torch.tensor(cache.tokens())[:, None] + torch.arange(5), past_key_values=cache)
+        assert len(Rerun.made) == 1 and torch.equal(next_tokens(model, cache, first, 8), expected) and len(Rerun.made) == 2
 
 
 @pytest.mark.parametrize("changed", [{"output_attentions": True}, {"position_ids": None}, {"return_dict": False}, {"labels": 17}])
