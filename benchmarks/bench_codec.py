@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from codec_variants import BASE, Variant, ablations, curve, escapes
+from codec_variants import BASE, GROUPS, Variant, ablations, curve, escapes, some_groups
 from measuring import add_run_options, ended, opened, write_csv
 from shards import Shard, Values, by_run, read_values
 from sure_answers import SureEvaluator
@@ -126,7 +126,7 @@ def lines_of(args: argparse.Namespace, active: enable) -> Iterator[Line]:
             variants = escapes(artifact, budget)
         else:
             variants = ablations(artifact, budget, pca, other, own_bases=budget == args.budgets[0])
-        for variant in variants:
+        for variant in some_groups(variants, args.groups):
             yield Line(entry_of(active, variant, budget), budget, variant.group, variant.does_not_show)
         if args.part == "curve":
             yield from (Line(entry, budget) for entry in rivals(methods, budget, known, args.ask, args.rivals))
@@ -245,6 +245,7 @@ def main() -> int:
     parser.add_argument("--rivals", type=int, default=BEST, help="of each kind, with --suite")
     parser.add_argument("--pca", type=Path, help="ablations: an artifact with --basis pca")
     parser.add_argument("--other-domain", type=Path, help="ablations: an artifact calibrated on other documents")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, help="ablations: only these groups of rows, and what they are compared with")
     add_run_options(parser)
     args = parser.parse_args()
     if (args.artifact is None) == (args.merge is None):

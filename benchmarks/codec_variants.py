@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ WITHOUT_FALLBACK = (1 / 8, 1 / 32)  # budgets where the curve also shows ours he
 KEEP_RATIO = 0.125  # of the ablation of own bases: there a plan is in directions, and an own basis comes on top
 ESCAPES = (1 / 256, 1 / 128, 1 / 64, 1 / 32)  # shares of the tokens
 BASE = "as planned"
+GROUPS = ("allocation", "precision", "basis", "own bases", "other domain", "fallback", "as shipped")
 CALIBRATED = 0  # `prior_tokens` of: never an own basis
 SEGMENT_ALONE, BOTH = 1, 256  # ... of: the calibrated covariance counts for nearly nothing, or for half a page
 
@@ -41,6 +42,11 @@ def held(artifact: Artifact, **method: Any) -> Artifact:
 def plain_of(artifact: Artifact) -> Artifact:
     """What parts are changed of: no fallback that would repair what is taken away, no own basis, no escape token."""
     return held(artifact, fallback_factor=0.0, prior_tokens=CALIBRATED, escape_ratio=0.0)
+
+
+def some_groups(variants: Iterable[Variant], groups: Collection[str] | None) -> Iterator[Variant]:
+    """Those of these groups, and what they are compared with; all of them where none is named."""
+    return (variant for variant in variants if not groups or variant.group in (BASE, *groups))
 
 
 def curve(artifact: Artifact, budget: float) -> Iterator[Variant]:

@@ -29,7 +29,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         ("docs/backbones.md", "skills"): [["check_skills.py", "--print", f"skills-{model}.csv"] for model in MODELS],
         ("docs/backbones.md", "knockout"): [["knockout.py", "--print", f"knockout-{model}.csv"] for model in MODELS],
     }
-    found["docs/codec.md", "codec"] = [["print_codec.py", *measured("codec-{}.csv")]]
+    found["docs/codec.md", "codec"] = [["print_codec.py", *measured("codec-{}.csv"), *measured("codec-basis-{}.csv")]]
     found["docs/codec.md", "broken"] = [["bench_broken_inputs.py", "--print", file] for file in measured("broken-{}.csv")]
     found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", file] for file in measured("refresh-{}.csv")]
     found["docs/codec.md", "plans"] = [["print_codec.py", "--plans", *measured("plans-{}.json")]]
