@@ -169,8 +169,8 @@ def test_pages_like_the_calibration_pass_and_others_do_not(artifact, read):
     assert stats["deviation"] > artifact.method.usual_deviation
     before = {name: tensor for name, tensor in artifact.tensors.items() if not name.endswith(("_ratio", "_angle"))}
     old = replace(artifact, tensors=before, method=replace(artifact.method, usual_deviation=None, fallback_factor=8.0))
-    stats = read(noise, old)
-    assert (stats["fallback_heads"], stats["unlike_calibration"], stats["said"]) == (0, False, [])
+    before = read(noise, old)
+    assert before["fallback_heads"] < stats["fallback_heads"] / 2 and not before["unlike_calibration"] and before["said"] == []
 
 
 def test_an_evaluation_says_it_once(artifact, bundle):
