@@ -33,6 +33,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
     found["docs/codec.md", "broken"] = [["bench_broken_inputs.py", "--print", file] for file in measured("broken-{}.csv")]
     found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", file] for file in measured("refresh-{}.csv")]
     found["docs/codec.md", "plans"] = [["print_codec.py", "--plans", *measured("plans-{}.json")]]
+    found["docs/evidence.md", "rotation"] = [["bench_rotation.py", "--print", file] for file in measured("rotation-{}.json")]
     found["docs/codec.md", "encode"] = [["bench_encode.py", "--print", "encode.json"]]
     more = [
         ("decode-rates", "--rates"),

@@ -9,6 +9,7 @@ from .errors import UsageError
 OURS = "rotatek"  # the method that is no rival
 RIVAL_NAMES = (
     "int8", "int4", "fp8", "kivi4", "kivi2", "hadamard4", "hadamard2", "head-drop", "head-drop-native", "think", "paper",
+    "spark-sign", "spark-mean", "svdq", "kq-svd",
 )  # fmt: skip
 """Keys of RIVALS in runtime/rivals/registry.py, in its order."""
 METHODS = (OURS, *RIVAL_NAMES)

@@ -32,6 +32,8 @@ PLAYED = (
     "docs/ask_many.md",
     "docs/codec.md",
     "docs/data.md",
+    "docs/decode.md",
+    "docs/evidence.md",
     "docs/families.md",
     "docs/generation.md",
     "docs/hub.md",
@@ -301,8 +303,15 @@ def test_generation(parse_script):
     def adapter(example):
         parse(reading.Example("docs/generation.md", 0, "inline", f"{example.text} folder"))
 
-    special = {"python benchmarks/print_matrix.py --write docs/generation.md": parse_script, "rotatek-run --adapter": adapter}
+    scripts = ("python benchmarks/print_matrix.py --write docs/generation.md", "python benchmarks/bench_steps.py")
+    special = dict.fromkeys(scripts, parse_script) | {"rotatek-run --adapter": adapter}
     play("docs/generation.md", {"rotatek": elsewhere, "python block": elsewhere}, special)
+
+
+@pytest.mark.parametrize(("page", "script"), [("docs/decode.md", "bench_decode"), ("docs/evidence.md", "bench_rotation")])
+def test_what_was_measured(page, script, parse_script):
+    (example,) = (one.text for one in reading.examples(page) if one.text.startswith(f"python benchmarks/{script}.py"))
+    play(page, {}, {example: parse_script})
 
 
 def test_hub():

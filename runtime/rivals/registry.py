@@ -20,8 +20,11 @@ from .fp8 import Fp8Coder
 from .hadamard import HadamardCoder
 from .head_drop import HeadDropCoder, most_important
 from .kivi import GROUP, KiviCoder
+from .kqsvd import KqSvdCoder
 from .paper import PaperCoder
 from .plain import PlainCoder
+from .spark import SparkCoder
+from .svdq import GROUPS, SHARES, SvdqCoder, schedule
 from .think import ThinkCoder
 
 PROMISED_FROM = 512
@@ -55,7 +58,8 @@ def make_coder(
 
     Args:
         kv_budget: share of the dense bytes; methods with a knob take the largest setting that fits, others must fit as they are.
-        keep_ratio: share of Key channels (think), directions (paper) or (layer, KV head) pairs (head-drop) kept.
+        keep_ratio: share kept of Key channels (think, spark), directions (paper, kq-svd), Key bits (svdq) or (layer, KV head) pairs
+            (head-drop).
         state: learned state, {"knockout": {layer: fp32 [Hkv]}} for head dropping; others ignore it.
 
     Raises:
@@ -209,6 +213,29 @@ def _paper(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
     return replace(coder, setting=f"{coder.rank(dim)} of {dim} directions")
 
 
+def _spark(signs: bool) -> Make:
+    def make(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+        dim, coder = _widest(geometry), SparkCoder(name=name, geometry=geometry, keep_ratio=ratio, signs=signs)
+        return replace(coder, setting=f"{coder.channels(dim)} of {dim} channels")
+
+    return make
+
+
+def _bit_shares(geometry: Geometry) -> Sequence[float]:
+    return SHARES
+
+
+def _svdq(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+    require_head_dim(name, geometry, lambda dim: dim % GROUPS == 0, f"a multiple of {GROUPS}")
+    bits = schedule(ratio)
+    return SvdqCoder(name=name, geometry=geometry, bits=bits, setting=f"{sum(bits) / GROUPS:g} bits a number")
+
+
+def _kq_svd(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+    dim, coder = _widest(geometry), KqSvdCoder(name=name, geometry=geometry, keep_ratio=ratio)
+    return replace(coder, setting=f"{coder.rank(dim)} of {dim} directions")
+
+
 _KNOB = ("kv_budget", "keep_ratio")
 RIVALS: dict[str, Rival] = {
     rival.name: rival
@@ -224,5 +251,9 @@ RIVALS: dict[str, Rival] = {
         Rival("head-drop-native", "the most important KV heads native, the rest as means", _head_drop(None), _head_ratios, True, _KNOB),
         Rival("think", "ThinK: Key channels that queries do not look at are dropped, Values native", _think, _channel_ratios, False, _KNOB),
         Rival("paper", "RotateK as published: one rotation per image, uniform rank, Values native", _paper, _rank_ratios, False, _KNOB),
+        Rival("spark-sign", "SparK: a token's own Key channels, the rest by sign and size", _spark(True), _channel_ratios, False, _KNOB),
+        Rival("spark-mean", "SparK: a token's own Key channels, the rest as their mean", _spark(False), _channel_ratios, False, _KNOB),
+        Rival("svdq", "SVDq: Keys along their singular vectors, more bits for larger ones", _svdq, _bit_shares, False, _KNOB),
+        Rival("kq-svd", "KQ-SVD: the Keys of a rank that come nearest in their logits", _kq_svd, _rank_ratios, False, _KNOB),
     )
 }

@@ -51,7 +51,10 @@ def test_the_largest_setting_that_fits():
     assert think.setting == "63 of 128 channels"  # 64 would fit but for the mask
     paper = make_coder("paper", geometry, kv_budget=0.75)
     assert paper.setting == "48 of 128 directions"  # R and the mean of 512 tokens take 1/8 and a little
-    for name, unit in (("think", 1), ("paper", 8)):
+    assert make_coder("spark-sign", geometry, kv_budget=0.75).setting == "49 of 128 channels"  # as think, less mask, signs and sizes
+    assert make_coder("spark-mean", geometry, kv_budget=0.75).setting == "55 of 128 channels"
+    assert make_coder("kq-svd", geometry, kv_budget=0.75).setting == "48 of 128 directions"
+    for name, unit in (("think", 1), ("paper", 8), ("spark-sign", 1), ("spark-mean", 1), ("kq-svd", 8)):
         coder = make_coder(name, geometry, kv_budget=0.75)
         kept = int(coder.setting.split()[0]) + unit
         assert worst_share(make_coder(name, geometry, keep_ratio=kept / 128), geometry) > 0.75
@@ -75,6 +78,10 @@ def test_smallest_budgets_by_hand():
         "head-drop": (2 * 128 * 8 + 1) / (2 * 512 * 512),
         "think": (2 * 512 * 129 + 16) / (512 * 512),
         "paper": (2 * 512 * 136 + 2 * 128 * 8 + 4 * 128) / (512 * 512),
+        "spark-sign": (512 * (2 * 129 + 2 + 16 + 16) + 2 * 128) / (512 * 512),  # mask, signs of 127 channels, sizes of token and channels
+        "spark-mean": (2 * 129 + 2 + 16) / 512,
+        "svdq": (512 * (16 * 2 // 8 + 256) + 16 * (4 + 256) + 4 * 128) / (512 * 512),
+        "kq-svd": 2 * (512 * 136 + 128 * 8) / (512 * 512),
     }
     for name, number in expected.items():
         assert smallest_budget(name, geometry) == pytest.approx(number, rel=1e-12), name
@@ -108,12 +115,15 @@ def test_head_dims_a_method_cannot_code():
         make_coder("hadamard2", made(2, 96))
     with pytest.raises(UsageError, match="kivi4 needs a head_dim that is a multiple of 32, this model has 80"):
         make_coder("kivi4", made(2, 80))
+    with pytest.raises(UsageError, match="svdq needs a head_dim that is a multiple of 8, this model has 36"):
+        make_coder("svdq", made(2, 36), keep_ratio=0.5)
     assert make_coder("kivi4", made(2, 96)).bytes_of(32, 0) == 2 * (96 * 20 + 32 * (48 + 12))
 
 
 def test_the_registry():
     assert list(RIVALS) == [
         "int8", "int4", "fp8", "kivi4", "kivi2", "hadamard4", "hadamard2", "head-drop", "head-drop-native", "think", "paper",
+        "spark-sign", "spark-mean", "svdq", "kq-svd",
     ]  # fmt: skip
     assert [name for name, rival in RIVALS.items() if rival.learned] == ["head-drop", "head-drop-native"]
     assert all(rival.settings[0] == "kv_budget" and rival.about for rival in RIVALS.values())
@@ -130,3 +140,8 @@ def test_equal_settings_say_so():
     geometry = made()
     assert make_coder("think", geometry, keep_ratio=0.25).setting == make_coder("think", geometry, keep_ratio=0.2549).setting
     assert make_coder("paper", geometry, keep_ratio=0.25).setting == make_coder("paper", geometry, keep_ratio=0.30).setting
+    assert make_coder("svdq", geometry, keep_ratio=0.13).setting == "2 bits a number"
+    assert make_coder("svdq", geometry, keep_ratio=1.0).setting == "8 bits a number"  # it has no more
+    assert make_coder("svdq", geometry, keep_ratio=0.02).setting == "0.25 bits a number"
+    assert make_coder("kq-svd", geometry, keep_ratio=0.30).setting == "32 of 128 directions"
+    assert make_coder("spark-sign", geometry, keep_ratio=0.30).setting == "38 of 128 channels"

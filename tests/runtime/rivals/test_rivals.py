@@ -33,8 +33,9 @@ def coder_for(name, kv_heads, head_dim, channels, rank, kept):
     if RIVALS[name].learned:
         state, ratio = knockout(kept, kv_heads)
         return make_coder(name, geometry, keep_ratio=ratio, state=state)
-    ratio = {"think": channels / head_dim, "paper": rank / head_dim}.get(name)
-    return make_coder(name, geometry, keep_ratio=ratio)
+    ratio = {"think": channels / head_dim, "paper": rank / head_dim, "kq-svd": rank / head_dim, "svdq": 1 / 8}
+    ratio |= {"spark-sign": channels / head_dim, "spark-mean": channels / head_dim}
+    return make_coder(name, geometry, keep_ratio=ratio.get(name))
 
 
 BYTES = {  # 2 heads of 128 and 520 tokens; 3 heads of 64 and 577 tokens
@@ -49,6 +50,10 @@ BYTES = {  # 2 heads of 128 and 520 tokens; 3 heads of 64 and 577 tokens
     "head-drop-native": (267265, 295937),
     "think": (2 * (2 * 520 * (48 + 128) + 128 // 8), 304680),  # 48 of 128 and 24 of 64 channels
     "paper": (370944, 3 * (2 * 577 * (16 + 64) + 2 * 64 * 16 + 4 * 64)),  # 40 of 128 and 16 of 64 directions
+    "spark-sign": (2 * (520 * (2 * 48 + 2 * 128 + 2 + 128 // 8 + 80 // 8) + 2 * 128), 331005),  # 48 of 128 and 24 of 64 channels
+    "spark-mean": (384800, 3 * 577 * (2 * 24 + 2 * 64 + 2 + 64 // 8)),
+    "svdq": (2 * (520 * (16 + 8 + 4 + 4 + 256) + 80 * (4 + 256) + 4 * 128), 265872),  # 80 and 40 directions at 2 bits a number
+    "kq-svd": (369920, 3 * 2 * (577 * (16 + 64) + 64 * 16)),
 }
 
 
@@ -73,7 +78,9 @@ def test_bytes_by_hand(name, dtype):
 @pytest.mark.parametrize("name", RIVALS)
 def test_bytes_are_predicted_for_short_segments(name, tokens):
     coder = coder_for(name, 2, 32, 8, 8, 1)
-    assert coder.code(0, *tensors(2, tokens, 32)).bytes() == coder.bytes_of(tokens, 0)
+    segment = coder.code(0, *tensors(2, tokens, 32))
+    assert segment.bytes() == coder.bytes_of(tokens, 0)
+    assert all(x.shape == (2, tokens, 32) and x.isfinite().all() for x in segment.rebuild())
 
 
 @pytest.mark.parametrize(("name", "bits", "group"), [("int8", 8, 64), ("int4", 4, 64), ("kivi4", 4, 32), ("kivi2", 2, 32)])
