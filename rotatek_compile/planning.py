@@ -108,9 +108,9 @@ def tokens_to_pay(method: Method, share: float) -> int:
 
     As many as the short ones among the calibration images have, so that each page gets its own: the mean of another page is a poor one,
     above all of Keys, which RoPE turns with the page's place. Not more than a promise speaks of (`SEGMENT`), and not so few that means take
-    over `MEANS` of the budget.
+    over `MEANS` of what escape tokens leave of the budget.
     """
-    return max(min(method.image_tokens, SEGMENT), min(math.ceil(1 / (MEANS * share)), SEGMENT))
+    return max(min(method.image_tokens, SEGMENT), min(math.ceil(1 / (MEANS * (share - method.escape_ratio))), SEGMENT))
 
 
 def uniform_of(geometry: Geometry, method: Method) -> Plan:

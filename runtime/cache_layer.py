@@ -107,7 +107,8 @@ class RotateKLayer(CacheLayerMixin):
         if self.logical_length > 0:
             if any(self.store.held):
                 self._finish([row for row in range(batch) if row not in step.going_on])
-            self._retire()
+            if not self.state.keeps_text:
+                self._retire()
         self.logical_length += length
         self.real += length if appended else [step.tokens(row) for row in range(batch)]
         if appended:

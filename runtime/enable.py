@@ -205,6 +205,8 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
                 model_kwargs["past_key_values"] = self.new_cache()
             cache = model_kwargs.get("past_key_values")
             if isinstance(cache, RotateKCache):
+                if self.graphs is not None:
+                    self.graphs.forget(cache)
                 raw = any(name.startswith("pixel_values") and _given(value) for name, value in model_kwargs.items())
                 if raw and generation_config.prefill_chunk_size is not None:
                     # transformers 5.17 leaves pictures out of a chunked prefill without a word; 5.23 encodes them before

@@ -1,10 +1,12 @@
 """Decoding steps captured in CUDA graphs: at small batches the host takes longer to launch a step than the GPU to run it.
 
-Between two changes of a cache's structure (text leaves the windows, rows are selected, images arrive) a step of one token per row does the
-same launches every time; only lengths differ, and these are on the device. So such a step is captured once and replayed; it reads nothing
-on the host. Windows get room for `STRETCH` tokens first; when it is used up one step runs as usual, text leaves the windows, and the next
-stretch is captured. Considered and left: pools, tables and work lists of fixed size, so that one graph lasts for ever, which would read
-padding in every step and allocate for the longest answer; and `torch.compile`, which would compile anew for every model.
+Between two changes of a cache's structure (text leaves the windows, rows are selected, images arrive) a step of one token per row does
+the same launches every time; only lengths differ, and these are on the device. So such a step is captured once and replayed; it reads
+nothing on the host. Windows get room for a stretch of tokens first, and keep their text; when it is used up one step runs as usual, text
+leaves the windows, and the next stretch is captured.
+
+Considered and left: pools, tables and work lists of fixed size, so that one graph lasts for ever, which would read padding in every step
+and allocate for the longest answer; and `torch.compile`, which would compile anew for every model.
 
 A model may have put something on the host into its launches, a position for instance. So the first replay that has moved on by a token is
 compared with an ordinary step: where they differ, nothing is captured any more, and a warning says so.
@@ -18,19 +20,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from .cache_layer import RotateKLayer
 
 if TYPE_CHECKING:
     from .cache import RotateKCache
 
-STRETCH = 256
-"""Tokens that windows get room for at a capture. A capture takes about as long as ten steps, and room costs memory in every layer."""
-STEADY = 2  # steps that left a cache's structure alone before it is taken for decoding
+STRETCH, LEAST_STRETCH = 256, 32
+"""Most and fewest tokens that windows get room for at a capture: an eighth of what the cache holds, for room costs memory."""
+STEADY = 6  # steps of the same rows before a cache is taken for decoding: a capture takes about as long as ten, and answers may be short
 SAME = 1e-3  # largest difference of logits, over the largest logit, that still is the same step
 
 COPIED = ("input_ids", "position_ids", "cache_position", "mm_token_type_ids")  # tensors of one token per row, written before a replay
@@ -102,6 +105,11 @@ class Call:
         """Of the layers' stores."""
         return [layer.segments.store.structure for layer in self.layers]
 
+    @property
+    def selected(self) -> list[int]:
+        """How often the rows of each layer were selected: beams do so after every step."""
+        return [layer.segments.store.selected for layer in self.layers]
+
 
 def _divided(given: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors that change from step to step, and settings; without positions a model would count them on the host."""
@@ -142,7 +150,8 @@ class Captured:
     static: dict[str, Tensor]  # what the step reads
     kept: dict[str, Any]  # its other arguments
     structure: list[int | None]  # of the layers' stores
-    output: Any
+    kind: type[ModelOutput]
+    output: dict[str, Any]  # what it returns, without the cache, which a graph must not keep alive
     replays: int = 0
 
     def fits(self, call: Call) -> bool:
@@ -158,9 +167,10 @@ class Captured:
 class History:
     """What is known of a cache's last steps."""
 
-    structure: list[int | None] = field(default_factory=list)
+    selected: list[int] = field(default_factory=list)
     steady: int = 0
-    lengths: Tensor | None = None  # int32 [layers, B and more], once windows have room: the lengths of all of them
+    structure: list[int | None] = field(default_factory=list)  # once windows have room
+    lengths: Tensor | None = None  # int32 [layers, B and more], likewise: the lengths of all of them
     captured: Captured | None = None
     earlier: Any = None  # the recorder of the last stretch
 
@@ -176,6 +186,7 @@ class DecodeGraphs:
         self.recorder = recorder
         self.off = False
         self.compared = False
+        self.no_room: WeakSet[RotateKCache] = WeakSet()
         self.histories: WeakKeyDictionary[RotateKCache, History] = WeakKeyDictionary()
 
     def step(self, cache: RotateKCache, forward: Callable[..., Any], given: Mapping[str, Any]) -> Any:
@@ -185,18 +196,19 @@ class DecodeGraphs:
             forward: the model's own, called with keywords only.
             given: its arguments.
         """
-        call = None if self.off or torch.is_grad_enabled() else Call.of(cache, forward, given)
+        call = None if self.off or cache in self.no_room or torch.is_grad_enabled() else Call.of(cache, forward, given)
         if call is None:
-            self.histories.pop(cache, None)
+            self.forget(cache)
             return None
         history = self.histories.setdefault(cache, History())
-        structure = call.structure
         if history.captured is not None:
             if history.captured.fits(call):
                 return self._replayed(history.captured, call)
-            history = self.histories[cache] = History(earlier=history.captured.recorder)
-        if None in structure or structure != history.structure:
-            history.structure, history.steady, history.lengths = structure, 0, None
+            # as a rule the room is used up: this step runs as usual, and text leaves the windows
+            self.histories[cache] = History(call.selected, STEADY - 1, earlier=history.captured.recorder)
+            return None
+        if (selected := call.selected) != history.selected or (history.lengths is not None and history.structure != call.structure):
+            self.histories[cache] = History(selected, earlier=history.earlier)
             return None
         history.steady += 1
         if history.steady < STEADY:
@@ -205,13 +217,16 @@ class DecodeGraphs:
             try:
                 history.lengths = _reserve(call.layers)
             except torch.OutOfMemoryError:
-                self._turn_off(f"there is no memory for {STRETCH} more tokens of raw text in every row")
+                self.no_room.add(cache)
+                self._say("there is no memory for more raw text in every row of this cache")
+                return None
             history.structure = call.structure
+            cache.state.keeps_text = True
             return None
         return self._captured(history, call)
 
     def forget(self, cache: RotateKCache) -> None:
-        """A call of several tokens came, a new turn as a rule: whatever else changed between, the next stretch is captured anew."""
+        """A new turn comes: adapters may have been changed before it, so the next stretch is captured anew."""
         self.histories.pop(cache, None)
 
     def _captured(self, history: History, call: Call) -> Any:
@@ -229,12 +244,14 @@ class DecodeGraphs:
             with _capturing(call.cache):
                 output = recorder.record(step)
         except RuntimeError as error:
-            self._turn_off(f"this model's step cannot be captured in a CUDA graph ({str(error).splitlines()[0]})")
+            self._turn_off(f"this model's step cannot be captured in a CUDA graph ({(str(error) or repr(error)).splitlines()[0]})")
             return None
-        if any(isinstance(part, (tuple, list)) for part in output.values()):  # hidden states, if the config asks for them
-            self._turn_off("this model's step returns more than logits")
+        # a tuple, or hidden states, if the config asks for them
+        if not isinstance(output, ModelOutput) or any(isinstance(part, (tuple, list)) for part in output.values()):
+            self._turn_off("this model's step returns more than logits by name")
             return None
-        history.captured, history.earlier = Captured(recorder, inputs, call.kept, history.structure, output), None
+        parts = {name: part for name, part in output.items() if name != "past_key_values"}
+        history.captured, history.earlier = Captured(recorder, inputs, call.kept, history.structure, type(output), parts), None
         return self._replayed(history.captured, call)
 
     def _replayed(self, done: Captured, call: Call) -> Any:
@@ -244,21 +261,33 @@ class DecodeGraphs:
         done.replays += 1
         for layer in call.layers:
             layer.advance(1)
-        output = type(done.output)(**{name: x.clone() if isinstance(x, Tensor) else x for name, x in done.output.items()})
+        parts = {name: x.clone() if isinstance(x, Tensor) else x for name, x in done.output.items()}
+        output: Any = done.kind(**parts, past_key_values=call.cache)
         if self.compared or done.replays < 2:
             return output
         for layer in call.layers:
             layer.crop(-1)
+        call.cache.state.keeps_text = True
         usual = call.forward(**call.given)
         self.compared = True
-        if not bool((usual.logits - output.logits).abs().max() <= SAME * usual.logits.abs().max()):
+        if not _same(output.logits, usual.logits):
             self._turn_off("a captured step of this model differs from an ordinary one")
-            self.histories.pop(call.cache, None)
+            self.forget(call.cache)
         return usual
 
     def _turn_off(self, reason: str) -> None:
         self.off = True
-        warnings.warn(f"decoding without CUDA graphs, which is slower at small batches: {reason}", stacklevel=4)
+        self._say(reason)
+
+    def _say(self, reason: str) -> None:
+        warnings.warn(f"decoding without CUDA graphs, which is slower at small batches: {reason}", stacklevel=5)
+
+
+def _same(got: Tensor, usual: Tensor) -> bool:
+    """Whether logits are those of the same step; some may be infinite, of tokens that never come."""
+    finite = usual.isfinite()
+    difference = (got - usual).masked_fill(~finite, 0.0).abs().max()
+    return bool((got.isfinite() == finite).all() & (difference <= SAME * usual.masked_fill(~finite, 0.0).abs().max()))
 
 
 def _reserve(layers: list[RotateKLayer]) -> Tensor:
@@ -266,8 +295,9 @@ def _reserve(layers: list[RotateKLayer]) -> Tensor:
     store = layers[0].segments.store
     whole = -(-store.batch // 4) * 4  # int32: each layer's lengths begin at 16 bytes, as kernels are compiled for
     lengths = torch.zeros(len(layers), whole, dtype=torch.int32, device=store.device)
+    room = min(STRETCH, max(LEAST_STRETCH, layers[0].logical_length // 8))
     for layer, own in zip(layers, lengths, strict=True):
-        layer.segments.store.reserve(STRETCH, own[: store.batch])
+        layer.segments.store.reserve(room, own[: store.batch])
         layer.segments.store.view(splits=layer.backend.needs_splits)
     return lengths
 

@@ -57,6 +57,7 @@ class CallState:
     def __init__(self) -> None:
         self.step: Step | None = None
         self.capturing = False  # the call is recorded, not run: layers count nothing (graphs.py)
+        self.keeps_text = False  # nothing leaves the windows in this call (graphs.py)
         self._kinds: np.ndarray | None = None
         self._shape: tuple[int, int] | None = None
         self._lengths: dict[int, list[int]] = {}  # of this call
@@ -74,6 +75,7 @@ class CallState:
 
     def begin(self, shape: tuple[int, int], kinds: np.ndarray | None, lengths: dict[int, list[int]]) -> None:
         """A call of `shape` (B, T) begins; kinds int8 [B, T] as `read_kinds` has them."""
+        self.keeps_text = False
         self._shape, self._kinds, self._lengths, self.step = shape, kinds, {} if self._chunked else dict(lengths), None
 
     def announce(self, kind: int, lengths: list[int]) -> None:

@@ -18,7 +18,8 @@ SAMPLED = 8  # numbers of each weight that identify it
 def identity(artifact: Artifact) -> dict[str, str]:
     """What codes mean, as SHA-256 by part: calibration, plan, method and geometry."""
     method = asdict(artifact.method)
-    method.pop("levels")  # of the sensitivities, which no code depends on
+    for planned in ("levels", "image_tokens"):  # what a plan was made of: no code depends on it
+        method.pop(planned)
     sums = {"calibration": hashlib.sha256(), "plan": hashlib.sha256()}
     for name in sorted(artifact.tensors):
         part = "plan" if name.endswith("_plan") else "calibration" if name.endswith(("_mean", "_encode", "_spectrum")) else None

@@ -72,6 +72,7 @@ class Store:
         self._released = False  # pool ranges lost their owner since the last flush
         self._view: CacheView | None = None
         self._views = 0  # made so far
+        self.selected = 0  # how often rows were selected
 
     @property
     def batch(self) -> int:
@@ -253,6 +254,7 @@ class Store:
     def select_rows(self, rows: Iterable[int]) -> None:
         """Keep these rows, in this order, repeats allowed (beams): segments stay shared, the window is copied."""
         order = np.asarray(list(rows), dtype=np.int64)
+        self.selected += 1
         gone = set(self.ids.reshape(-1).tolist()) - set(self.ids[order].reshape(-1).tolist())
         self.table, self.ids = self.table[order], self.ids[order]
         self.budgeted = self.budgeted[order]
