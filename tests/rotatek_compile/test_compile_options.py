@@ -112,6 +112,13 @@ def test_a_budget_of_bytes(compile_with, allocation):
         assert replanned(artifact, kv_budget=0.125).plan() == artifact.plan() or artifact.report["plan_kl"] > 1e-6
 
 
+def test_doubted_readings_are_tried(compile_with, monkeypatch):
+    asked = []
+    monkeypatch.setattr("rotatek_compile.deciding.doubted", lambda searches: asked.append(len(searches)) or searches[:1])
+    compile_with(kv_budget=0.125)
+    assert asked == [4]
+
+
 def test_a_bound_on_kl(compile_with):
     loose = compile_with(max_kl=1.0)  # a model of random weights loses little
     bounds = 1.0, loose[0]["plan"]["predicted_kl"] / 10

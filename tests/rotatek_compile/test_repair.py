@@ -80,6 +80,21 @@ def test_doubted_searches():
     assert [ranks(one.plan(one.best())) for one in doubted(measured)] == [ranks(one.plan(one.best())) for one in found]
 
 
+def test_heads_that_cost_nothing_can_be_doubted():
+    still = search([0, 0, 0, 0, 0], EVEN, budget=4, uniform=(16, 16))
+    for one in doubted([still]):
+        assert all(np.isfinite(menu.kl).all() for menu in one.menus.values())
+        assert sum(ranks(one.plan(one.best()))) <= 32
+
+
+def test_doubt_makes_heads_more_alike():
+    """On average: what weighs a thousand times as much weighs less than that."""
+    uneven = search([1000, 500, 100, 10, 0], EVEN, budget=4, uniform=(16, 16))
+    pairs = [(one.menus[0, 0].kl[0] / 1000, one.menus[0, 1].kl[0] / EVEN[0]) for one in doubted([uneven])]
+    shift = float(np.mean([np.log(much / little) for much, little in pairs]))
+    assert -3.0 < shift < -0.5  # t of ln 250 = 5.5, t from 0 to 0.5
+
+
 def test_further_starts_are_looked_at_where_no_repair_is_needed():
     """Each start once; what is of interest is told, and a figure above it only says so."""
     asked, truth = [], {(16, 0): 5e-5, (8, 8): 3e-5, (0, 16): 1e-5}

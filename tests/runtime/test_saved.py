@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.document import Document
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.saved import load_cache
+from rotatek_compile.runtime.saved_identity import identity
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Keys of these images lie")
 SETTINGS = {
@@ -227,3 +229,10 @@ def test_nothing_half_written_stays(model, prompts, make_artifact, monkeypatch, 
         assert [entry.name for entry in tmp_path.iterdir()] == ["document"] and file.read_bytes() == before
     with pytest.raises(RotateKError, match="No such file or directory"):
         document.save(tmp_path / "no" / "folder")
+
+
+def test_what_a_plan_was_made_of_is_no_part_of_what_codes_mean(make_artifact):
+    """Documents saved before `image_tokens` was recorded are read."""
+    artifact = make_artifact(plan=MIXED)
+    other = replace(artifact, method=replace(artifact.method, image_tokens=77))
+    assert identity(other) == identity(artifact) != identity(replace(artifact, method=replace(artifact.method, escape_ratio=0.1)))
