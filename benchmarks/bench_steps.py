@@ -45,7 +45,7 @@ from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.plan import SIDES, HeadPlan, plan_tensors
 from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.enable import enable
-from rotatek_compile.runtime.graphs import CudaRecorder
+from rotatek_compile.runtime.recorder import CudaRecorder
 from rotatek_compile.runtime.segments import IMAGE, TEXT
 from rotatek_compile.text_attention import set_text_attention
 

@@ -14,12 +14,11 @@ compared with an ordinary step: where they differ, nothing is captured any more,
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .cache_layer import RotateKLayer
+from .recorder import CudaRecorder, Recorder
 
 if TYPE_CHECKING:
     from .cache import RotateKCache
@@ -39,45 +39,6 @@ SAME = 1e-3  # largest difference of logits, over the largest logit, that still 
 COPIED = ("input_ids", "position_ids", "cache_position", "mm_token_type_ids")  # tensors of one token per row, written before a replay
 UNREAD = ("attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "image_sizes")
 """Arguments that a step over a compressed cache does not read, given positions: padding is not stored, and images are not new."""
-
-
-class Recorder(Protocol):
-    """What captures a step and runs it again."""
-
-    def record(self, step: Callable[[], Any]) -> Any:
-        """Capture `step`, which is not run by it; what it returns stays where replays write."""
-
-    def replay(self) -> None:
-        """Run what was recorded."""
-
-
-class CudaRecorder:
-    """A CUDA graph. `pool`: memory of an earlier one that is not replayed any more."""
-
-    def __init__(self, device: torch.device, earlier: CudaRecorder | None = None) -> None:
-        self.device, self.graph = device, torch.cuda.CUDAGraph()
-        self.pool = earlier.pool if earlier is not None else torch.cuda.graph_pool_handle()
-
-    def record(self, step: Callable[[], Any]) -> Any:
-        """See `Recorder`. Python must not collect garbage meanwhile: freeing another graph would end the capture."""
-        collecting = gc.isenabled()
-        gc.disable()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        try:
-            with torch.cuda.device(self.device), torch.cuda.stream(stream):
-                self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                try:
-                    return step()
-                finally:
-                    self.graph.capture_end()
-        finally:
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            if collecting:
-                gc.enable()
-
-    def replay(self) -> None:
-        self.graph.replay()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +112,7 @@ class Captured:
     kept: dict[str, Any]  # its other arguments
     structure: list[int | None]  # of the layers' stores
     kind: type[ModelOutput]
-    output: dict[str, Any]  # what it returns, without the cache, which a graph must not keep alive
+    output: dict[str, Any]  # what it returns; None for the cache, which must not be kept alive by what is kept for it
     replays: int = 0
 
     def fits(self, call: Call) -> bool:
@@ -250,7 +211,7 @@ class DecodeGraphs:
         if not isinstance(output, ModelOutput) or any(isinstance(part, (tuple, list)) for part in output.values()):
             self._turn_off("this model's step returns more than logits by name")
             return None
-        parts = {name: part for name, part in output.items() if name != "past_key_values"}
+        parts = {name: None if part is call.cache else part for name, part in output.items()}
         history.captured, history.earlier = Captured(recorder, inputs, call.kept, history.structure, type(output), parts), None
         return self._replayed(history.captured, call)
 
@@ -262,7 +223,7 @@ class DecodeGraphs:
         for layer in call.layers:
             layer.advance(1)
         parts = {name: x.clone() if isinstance(x, Tensor) else x for name, x in done.output.items()}
-        output: Any = done.kind(**parts, past_key_values=call.cache)
+        output: Any = done.kind(**{name: call.cache if name == "past_key_values" else part for name, part in parts.items()})
         if self.compared or done.replays < 2:
             return output
         for layer in call.layers:
