@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from bench_plans import measured_on
 from torch import Tensor
 
 from rotatek_compile.allocate import uniform_plan
@@ -42,7 +43,6 @@ from rotatek_compile.geometry import Geometry
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, load_model, load_processor, resolve
 from rotatek_compile.moments import Moments
 from rotatek_compile.statistics import Bootstrap
-from rotatek_compile.whole_plans import kl_of_plans
 
 WAYS = ("channels", "pca", "two-sided")
 RATIOS = (1 / 8, 1 / 4, 1 / 2)
@@ -79,20 +79,6 @@ def overlap(one: Tensor, other: Tensor, count: int) -> Tensor:
     """Mean squared cosine of the principal angles between the leading subspaces of two covariances [H, D, D]: fp64 [H]."""
     a, b = (symmetric_eigen(x)[1][..., :count] for x in (one, other))
     return (a.mT @ b).square().sum((-2, -1)) / count
-
-
-def measured_kl(
-    model: Any, geometry: Geometry, bases: dict[int, Basis], items: Sequence[Encoded], rows: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """KL of keeping each of `RATIOS` on each document, summed over answer tokens, [ratios, documents], and the tokens [documents]."""
-    plans = [uniform_plan(geometry, ratio, "native") for ratio in RATIOS]
-    cutter, kl, tokens = Cutter(model, geometry, bases, False), [], []
-    for start in range(0, len(items), rows):
-        doc = cutter.prefill(*items[start : start + rows])
-        kl.append(kl_of_plans(cutter, doc, plans).numpy())
-        tokens.append(doc.scored.sum(1).cpu().numpy())
-        del doc  # before the next batch is prefilled
-    return np.concatenate(kl, 1), np.concatenate(tokens)
 
 
 def agreement(seen: Moments, unseen: Moments, single: Sequence[Moments], geometry: Geometry) -> dict[str, float]:
@@ -139,7 +125,8 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 kept = int(ratio * geometry.layers[i].head_dim)
                 heads.append(logit_error(basis, kept, unseen.covariance(i, "visual", "key"), unseen.query_moment(i)))
             errors[way].append(float(torch.cat(heads).mean()))
-        kl[way], tokens = measured_kl(model, geometry, bases, pages, geometry.rows_at_once(args.batch_size))
+        plans = [uniform_plan(geometry, ratio, "native") for ratio in RATIOS]
+        kl[way], tokens = measured_on(Cutter(model, geometry, bases, False), pages, plans, geometry.rows_at_once(args.batch_size))
     resampled = Bootstrap(len(tokens))
     return {
         "model": name,

@@ -52,7 +52,7 @@ from .usual import FACTOR, UsualSegments
 from .weights import check_include, include_weights
 
 Bases = dict[str, dict[int, Basis]]  # by side and layer
-CHECKED = 3
+CHECKED = 3  # most documents of the check, over those that heads are cut on
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 

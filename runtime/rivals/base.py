@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...errors import UsageError
 from ...geometry import Geometry, LayerGeometry
+from ...kernels.slabs import UNIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,28 @@ class RivalCoder:
 
     def shape(self, layer: int) -> LayerGeometry:
         return self.geometry.layers[layer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelCoder(RivalCoder):
+    """Keeps `channels(D)` Key channels: per head (think) or per token (spark)."""
+
+    keep_ratio: float
+
+    def channels(self, dim: int) -> int:
+        """Channels kept of D, at least one."""
+        return max(1, int(self.keep_ratio * dim + 1e-6))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCoder(RivalCoder):
+    """Keeps `rank(D)` directions per head, a multiple of 8."""
+
+    keep_ratio: float
+
+    def rank(self, dim: int) -> int:
+        """Directions kept of D: whole steps of 8, at least one."""
+        return max(UNIT, int(self.keep_ratio * dim + 1e-6) // UNIT * UNIT)
 
 
 def require_head_dim(name: str, geometry: Geometry, fits: Callable[[int], bool], needed: str) -> None:

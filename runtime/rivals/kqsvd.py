@@ -19,22 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.slabs import UNIT
 from ..coder import NATIVE_BYTES, CodedSegment
-from .base import RivalCoder
+from .base import RankCoder
 
 OPEN = 1e-3  # weight of Key errors in directions that queries do not settle, against root mean square queries
 
 
 @dataclass(frozen=True, kw_only=True)
-class KqSvdCoder(RivalCoder):
-    """Keeps `rank(D)` directions per head, a multiple of 8; never more than the segment has tokens."""
-
-    keep_ratio: float
-
-    def rank(self, dim: int) -> int:
-        """Directions kept of D: whole steps of 8, at least one."""
-        return max(UNIT, int(self.keep_ratio * dim + 1e-6) // UNIT * UNIT)
+class KqSvdCoder(RankCoder):
+    """Never more directions than the segment has tokens."""
 
     def code(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> CodedSegment:
         tokens, dim = keys.shape[1:]

@@ -14,21 +14,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...kernels.slabs import UNIT
 from ..coder import NATIVE_BYTES, CodedSegment
 from ..online import published_basis
-from .base import RivalCoder
+from .base import RankCoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperCoder(RivalCoder):
-    """Keeps `rank(D)` directions per head, a multiple of 8."""
-
-    keep_ratio: float
-
-    def rank(self, dim: int) -> int:
-        """Directions kept of D: whole steps of 8, at least one."""
-        return max(UNIT, int(self.keep_ratio * dim + 1e-6) // UNIT * UNIT)
+class PaperCoder(RankCoder):
+    """The leading directions of the image itself."""
 
     def code(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> CodedSegment:
         exact = keys.float()

@@ -15,7 +15,7 @@ from ...errors import UsageError
 from ...geometry import Geometry
 from ...kernels.slabs import UNIT
 from ..coder import Coder
-from .base import require_head_dim
+from .base import ChannelCoder, RankCoder, require_head_dim
 from .fp8 import Fp8Coder
 from .hadamard import HadamardCoder
 from .head_drop import HeadDropCoder, most_important
@@ -203,20 +203,18 @@ def _head_drop(bits: int | None) -> Make:
     return make
 
 
-def _think(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
-    dim, coder = _widest(geometry), ThinkCoder(name=name, geometry=geometry, keep_ratio=ratio)
-    return replace(coder, setting=f"{coder.channels(dim)} of {dim} channels")
-
-
-def _paper(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
-    dim, coder = _widest(geometry), PaperCoder(name=name, geometry=geometry, keep_ratio=ratio)
-    return replace(coder, setting=f"{coder.rank(dim)} of {dim} directions")
-
-
-def _spark(signs: bool) -> Make:
+def _of_channels(kind: Callable[..., ChannelCoder], **settings: Any) -> Make:
     def make(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
-        dim, coder = _widest(geometry), SparkCoder(name=name, geometry=geometry, keep_ratio=ratio, signs=signs)
+        dim, coder = _widest(geometry), kind(name=name, geometry=geometry, keep_ratio=ratio, **settings)
         return replace(coder, setting=f"{coder.channels(dim)} of {dim} channels")
+
+    return make
+
+
+def _of_directions(kind: Callable[..., RankCoder]) -> Make:
+    def make(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+        dim, coder = _widest(geometry), kind(name=name, geometry=geometry, keep_ratio=ratio)
+        return replace(coder, setting=f"{coder.rank(dim)} of {dim} directions")
 
     return make
 
@@ -229,11 +227,6 @@ def _svdq(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
     require_head_dim(name, geometry, lambda dim: dim % GROUPS == 0, f"a multiple of {GROUPS}")
     bits = schedule(ratio)
     return SvdqCoder(name=name, geometry=geometry, bits=bits, setting=f"{sum(bits) / GROUPS:g} bits a number")
-
-
-def _kq_svd(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
-    dim, coder = _widest(geometry), KqSvdCoder(name=name, geometry=geometry, keep_ratio=ratio)
-    return replace(coder, setting=f"{coder.rank(dim)} of {dim} directions")
 
 
 _KNOB = ("kv_budget", "keep_ratio")
@@ -249,11 +242,41 @@ RIVALS: dict[str, Rival] = {
         Rival("hadamard2", "Hadamard rotation, then 2-bit codes in groups of 32 channels", _hadamard(2), _once),
         Rival("head-drop", "the most important KV heads at 4 bit, the rest as means", _head_drop(4), _head_ratios, True, _KNOB),
         Rival("head-drop-native", "the most important KV heads native, the rest as means", _head_drop(None), _head_ratios, True, _KNOB),
-        Rival("think", "ThinK: Key channels that queries do not look at are dropped, Values native", _think, _channel_ratios, False, _KNOB),
-        Rival("paper", "RotateK as published: one rotation per image, uniform rank, Values native", _paper, _rank_ratios, False, _KNOB),
-        Rival("spark-sign", "SparK: a token's own Key channels, the rest by sign and size", _spark(True), _channel_ratios, False, _KNOB),
-        Rival("spark-mean", "SparK: a token's own Key channels, the rest as their mean", _spark(False), _channel_ratios, False, _KNOB),
+        Rival(
+            "think",
+            "ThinK: Key channels that queries do not look at are dropped, Values native",
+            _of_channels(ThinkCoder),
+            _channel_ratios,
+            False,
+            _KNOB,
+        ),
+        Rival(
+            "paper",
+            "RotateK as published: one rotation per image, uniform rank, Values native",
+            _of_directions(PaperCoder),
+            _rank_ratios,
+            False,
+            _KNOB,
+        ),
+        Rival(
+            "spark-sign",
+            "SparK: a token's own Key channels, the rest by sign and size",
+            _of_channels(SparkCoder, signs=True),
+            _channel_ratios,
+            False,
+            _KNOB,
+        ),
+        Rival(
+            "spark-mean",
+            "SparK: a token's own Key channels, the rest as their mean",
+            _of_channels(SparkCoder, signs=False),
+            _channel_ratios,
+            False,
+            _KNOB,
+        ),
         Rival("svdq", "SVDq: Keys along their singular vectors, more bits for larger ones", _svdq, _bit_shares, False, _KNOB),
-        Rival("kq-svd", "KQ-SVD: the Keys of a rank that come nearest in their logits", _kq_svd, _rank_ratios, False, _KNOB),
+        Rival(
+            "kq-svd", "KQ-SVD: the Keys of a rank that come nearest in their logits", _of_directions(KqSvdCoder), _rank_ratios, False, _KNOB
+        ),
     )
 }

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..coder import NATIVE_BYTES, CodedSegment
-from .base import RivalCoder
+from .base import ChannelCoder
 from .rounding import pack_bits, packed_bytes, unpack_bits
 from .think import QUERIES
 
@@ -31,15 +31,10 @@ LEAST_NORM = 1e-6  # of the largest: keeps the fill finite
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparkCoder(RivalCoder):
-    """Keeps `channels(D)` Key channels of every token; `signs` chooses between the two fills."""
+class SparkCoder(ChannelCoder):
+    """Every token keeps channels of its own; `signs` chooses between the two fills."""
 
-    keep_ratio: float
     signs: bool
-
-    def channels(self, dim: int) -> int:
-        """Channels that a token keeps of D, at least one."""
-        return max(1, int(self.keep_ratio * dim + 1e-6))
 
     def code(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> CodedSegment:
         tokens, dim = keys.shape[1:]

@@ -17,21 +17,15 @@ import torch
 from torch import Tensor
 
 from ..coder import NATIVE_BYTES, CodedSegment
-from .base import RivalCoder
+from .base import ChannelCoder
 from .rounding import pack_bits, packed_bytes, unpack_bits
 
 QUERIES = 32  # the published window of queries
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThinkCoder(RivalCoder):
-    """Keeps `channels(D)` Key channels per head."""
-
-    keep_ratio: float
-
-    def channels(self, dim: int) -> int:
-        """Channels kept of D, at least one."""
-        return max(1, int(self.keep_ratio * dim + 1e-6))
+class ThinkCoder(ChannelCoder):
+    """Keeps the same channels in every token of a head."""
 
     def code(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> CodedSegment:
         heads, tokens, dim = keys.shape

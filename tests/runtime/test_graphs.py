@@ -3,7 +3,6 @@
 Without a GPU a recorder stands in that runs the recorded step again: as in a graph, nothing on the host is counted in it.
 """
 
-import copy
 import gc
 import warnings
 import weakref
@@ -18,6 +17,7 @@ from rotatek_compile.runtime import graphs
 from rotatek_compile.runtime.backends import TorchBackend
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.graphs import DecodeGraphs
+from rotatek_compile.runtime.saved import load_cache
 from rotatek_compile.runtime.window import Window
 
 PLAN = [[8, 24], [0, 16], [16, 16]]
@@ -159,7 +159,8 @@ def test_saved_and_loaded(model, ragged, enabled, tmp_path):
     with enabled() as one:
         cache, first = read(model, one, ragged)
         next_tokens(model, cache, first, 8)
-        twin = copy.deepcopy(cache)
+        cache.save(tmp_path / "cache")
+        twin, _ = load_cache(tmp_path / "cache", one)
         assert torch.equal(next_tokens(model, cache, whole[:, 7:8], 8), whole[:, 8:])
         assert torch.equal(next_tokens(model, twin, whole[:, 7:8], 8), whole[:, 8:])
 
