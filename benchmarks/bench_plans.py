@@ -177,7 +177,8 @@ def run_model(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]]
     drawn = [one for budget in args.budgets for one in plans_of(geometry, costs, check, budget, args.plans, args.seed)]
     del check
     lap("planning")
-    kl, tokens = measured_on(cutter, documents("evaluation", args.documents), [one.plan for one in drawn], rows)
+    unseen = documents("evaluation", args.skip + args.documents)[args.skip :]
+    kl, tokens = measured_on(cutter, unseen, [one.plan for one in drawn], rows)
     lap("random plans")
     summary: dict[str, Any] = {"seconds": {what: round(value, 1) for what, value in clock.items() if what != "start"}}
     for budget in args.budgets:
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=144, help="calibration documents")
     parser.add_argument("--sensitivity-samples", type=int, default=36, help="of them, documents on which heads are cut")
     parser.add_argument("--documents", type=int, default=120, help="evaluation documents")
+    parser.add_argument("--skip", type=int, default=0, help="evaluation documents before these, which something else was chosen on")
     parser.add_argument("--budgets", type=float, nargs="+", default=[1 / 8, 1 / 16, 1 / 32])
     parser.add_argument("--plans", type=int, default=40, help="random plans of each budget")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -234,6 +236,7 @@ def main() -> None:
         "data": args.data,
         "num_samples": args.num_samples,
         "sensitivity_samples": args.sensitivity_samples,
+        "skipped": args.skip,
         "models": {},
     }
     table: list[dict[str, Any]] = []

@@ -29,11 +29,23 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         ("docs/backbones.md", "skills"): [["check_skills.py", "--print", f"skills-{model}.csv"] for model in MODELS],
         ("docs/backbones.md", "knockout"): [["knockout.py", "--print", f"knockout-{model}.csv"] for model in MODELS],
     }
-    found["docs/codec.md", "codec"] = [["print_codec.py", *measured("codec-{}.csv"), *measured("codec-basis-{}.csv")]]
+    found["docs/codec.md", "codec"] = [["print_codec.py", *measured("codec-{}.csv")]]
     found["docs/codec.md", "broken"] = [["bench_broken_inputs.py", "--print", file] for file in measured("broken-{}.csv")]
     found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", file] for file in measured("refresh-{}.csv")]
     found["docs/codec.md", "plans"] = [["print_codec.py", "--plans", *measured("plans-{}.json")]]
     found["docs/evidence.md", "rotation"] = [["bench_rotation.py", "--print", file] for file in measured("rotation-{}.json")]
+    for marker, script, name in (
+        ("subspaces", "bench_subspaces.py", "subspaces.json"),
+        ("rival-speed", "bench_rival_speed.py", "rival_speed.csv"),
+    ):
+        page = placed(marker)
+        if page and (HERE / "results" / name).exists():
+            known = [file for file in measured("proof-{}.csv")[:1] if marker == "rival-speed"]
+            found[page, marker] = [[script, "--print", name, *(word for file in known for word in ("--results", file))]]
+    for model in MODELS:
+        page = placed(f"proof-{model}")
+        if page and (HERE / "results" / f"proof-{model}.csv").exists():
+            found[page, f"proof-{model}"] = [["print_suite.py", f"proof-{model}.csv", "--versus"], ["print_suite.py", f"proof-{model}.csv"]]
     found["docs/codec.md", "encode"] = [["bench_encode.py", "--print", "encode.json"]]
     more = [
         ("decode-rates", "--rates"),

@@ -178,7 +178,7 @@ def plans_table(files: Sequence[Path]) -> list[str]:
         RotateKError: a file that is missing or no such result.
     """
     columns = ("model", "budget", "random plans", "documents", "rank correlation", "place of the chosen plan", "its KL",
-               "least KL of a random plan", "their median", "the same plan in every head")  # fmt: skip
+               "least KL of a random plan", "their median", "the same plan in every head", "its KL / least")  # fmt: skip
     lines, about = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)], []
     for file in files:
         try:
@@ -186,6 +186,7 @@ def plans_table(files: Sequence[Path]) -> list[str]:
             for model, budgets in result["models"].items():
                 lines += [_plan_row(model, float(budget), found) for budget, found in budgets.items() if budget != "seconds"]
             calibrated = f"{result['num_samples']} calibration documents of {result['data']}, {result['sensitivity_samples']} of them cut"
+            calibrated += f"; evaluation documents from the {result['skipped'] + 1}th on" if result.get("skipped") else ""
             where = f"{result['device']}, {result['dtype']}, torch {result['torch']}, transformers {result['transformers']}"
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise RotateKError(f"{file} cannot be read ({error}); pass a plans.json that bench_plans.py wrote") from error
@@ -198,7 +199,9 @@ def _plan_row(model: str, budget: float, found: dict[str, Any]) -> str:
     kl, random = found["kl"], found["random_kl"]
     cells = [model, fraction(budget), str(found["plans"]), str(found["documents"])]
     cells += [f"{found['rank_correlation']:.2f} [{low:.2f}, {high:.2f}]", f"{found['chosen_rank']} of {found['plans'] + 1}"]
-    return f"| {' | '.join([*cells, *(f'{x:.1e}' for x in (kl['chosen'], random['least'], random['median'], kl['uniform']))])} |"
+    cells += [f"{x:.1e}" for x in (kl["chosen"], random["least"], random["median"], kl["uniform"])]
+    low, high = found["chosen_over_best_random"]
+    return f"| {' | '.join([*cells, f'[{low:.2g}, {high:.2g}]'])} |"
 
 
 def _rival(row: dict[str, str], prefix: str) -> list[str]:

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from .batches import Encoded
 from .cost_curves import distortions
-from .cutter import Cut, Cutter, Pair, Prefilled
+from .cutter import Cutter, Pair, Prefilled
 from .kernels.slabs import NIBBLE_UNIT, UNIT, Slabs
 from .parallel import Processes
 from .plan import SIDES, HeadPlan, Plan
 
 T = TypeVar("T")
-STRESS, STRESS_WEIGHT = 2.0, 1 / 16  # how many times the errors, and what KL counts for there: a quarter of itself where KL is quadratic
+STRESS = 2.0  # how many times the errors, to see which head a plan gives too little
 WORST = 2  # batches of documents that say which heads a plan gives too little
 NOTHING = 1e-6  # nats per answer token: what costs less without any direction is not measured with some
 
@@ -131,11 +131,7 @@ class JointCheck:
 
     def __call__(self, plan: Plan, most: float = math.inf) -> float:
         """KL per answer token, or some figure above `most` if it is above. This and what follows: asked by the main process in `lead`."""
-        return float(self._ask("kl", plan, most, False))
-
-    def stressed(self, plan: Plan, most: float = math.inf) -> float:
-        """KL per answer token and `STRESS_WEIGHT` times that of twice the errors; as `joint_kl` has it."""
-        return float(self._ask("kl", plan, most, True))
+        return float(self._ask("kl", plan, most))
 
     def relief(self, plan: Plan) -> dict[Pair, float]:
         """By head, the share of KL at twice the errors that being raw would save on the documents that were worst when last all were read.
@@ -163,11 +159,11 @@ class JointCheck:
         self.together.broadcast(question)
         return self._answer(*question)
 
-    def _answer(self, what: str, plan: Plan, most: float = math.inf, stressed: bool = False) -> Any:
+    def _answer(self, what: str, plan: Plan, most: float = math.inf) -> Any:
         if what == "relief":
             return relief_of(self.cutter, self.docs[:WORST], plan, self.together)
         costs: list[float] = []
-        kl = joint_kl(self.cutter, self.docs, plan, self.together, most, stressed, costs)
+        kl = joint_kl(self.cutter, self.docs, plan, self.together, most, costs)
         if len(costs) == len(self.docs):  # the worst first: they say soonest that another plan costs more
             self.docs = [self.docs[n] for n in sorted(range(len(costs)), key=lambda n: -costs[n])]
         return kl
@@ -179,7 +175,6 @@ def joint_kl(
     plan: Plan,
     together: Processes | None = None,
     most: float = math.inf,
-    stressed: bool = False,
     costs: list[float] | None = None,
 ) -> float:
     """KL per answer token of a whole plan; with several processes `docs` are this one's share.
@@ -188,15 +183,14 @@ def joint_kl(
     above `most`.
 
     Args:
-        stressed: add `STRESS_WEIGHT` times the KL at twice the errors. Where a plan is good, few of the documents say what is wrong with
-            it, and others than these will; at twice the errors more of them do.
         costs: where to note what each document (a batch of them) cost, as far as they were read.
     """
     costs = [] if costs is None else costs
     together = together or Processes()
     tokens = float(together.sum(torch.tensor([sum(int(doc.scored.sum()) for doc in docs)])))
     for doc in docs:
-        costs.append(_cost(cutter, doc, _cuts(plan), stressed))
+        with doc.at_home():
+            costs.append(cutter.kl(doc, _cuts(plan))[0])
         if sum(costs) > most * max(tokens, 1):
             break
     return float(together.sum(torch.tensor([sum(costs)], dtype=torch.float64))) / max(tokens, 1)
@@ -213,15 +207,6 @@ def relief_of(cutter: Cutter, docs: Sequence[Prefilled], plan: Plan, together: P
             kl += cutter.kl_each(doc, [(one, ()) for one in (cuts, *fewer)]).sum(1)
     whole, *without = together.sum(kl).tolist()
     return {pair: 1 - one / whole if whole > 0 else 0.0 for pair, one in zip(pairs, without, strict=True)}
-
-
-def _cost(cutter: Cutter, doc: Prefilled, cuts: Cut, stressed: bool) -> float:
-    with doc.at_home():
-        kl = cutter.kl(doc, cuts)[0]
-        if stressed:
-            with cutter.stressed(STRESS):
-                kl += STRESS_WEIGHT * cutter.kl(doc, cuts)[0]
-    return kl
 
 
 def _cuts(plan: Plan) -> dict[int, dict[int, HeadPlan]]:

@@ -225,7 +225,7 @@ def test_a_plan_that_costs_too_much_is_not_read_to_the_end(cutter, documents, mo
 
 
 def test_stress(cutter, documents):
-    """At twice the errors, x + 2 (coded - x): what a plan costs there counts beside what it costs."""
+    """At twice the errors, x + 2 (coded - x), KL is about four times as large."""
     c = cutter()
     docs = [c.prefill(*documents[:2]), c.prefill(documents[2])]
     plan = {i: [HeadPlan(Slabs(nibble=32), Slabs(8, 8, 16))] * 2 for i in range(3)}
@@ -237,7 +237,6 @@ def test_stress(cutter, documents):
     with c.stressed(2.0):
         at_twice = check(plan)
     assert 3 * plain < at_twice < 5 * plain and c.errors == 1
-    assert check.stressed(plan) == pytest.approx(plain + at_twice / 16, rel=1e-6)
 
 
 def test_relief_is_what_a_raw_head_saves(cutter, documents, monkeypatch):
@@ -246,7 +245,7 @@ def test_relief_is_what_a_raw_head_saves(cutter, documents, monkeypatch):
     docs = [c.prefill(item) for item in documents[:2]]
     plan = {i: [only_keys(8), HeadPlan(Slabs(nibble=16), Slabs(nibble=16))] for i in range(3)} | {2: [HeadPlan(RAW, RAW), only_keys(0)]}
     check = JointCheck(c, docs)
-    check.stressed(plan)  # says which document is the worst
+    check(plan)  # says which document is the worst
     found = check.relief(plan)
     assert sorted(found) == [(i, h) for i in range(3) for h in range(2)] and abs(found[2, 0]) < 1e-5
     with c.stressed(2.0):
