@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz kill lint bench clean
+.PHONY: demo test fuzz kill lint bench evidence clean
 
 demo: $(VENV)/.run
 	$(BIN)/rotatek-compile --model tiny-llava-next --calib mixed --num-samples 24 --output artifacts/demo --overwrite
@@ -25,6 +25,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_decode.py --output benchmarks/results
+
+# Hours: EVIDENCE='--models tiny-qwen3-vl --seeds 0 --documents 9' is a part of it; run again, it goes on where it stopped.
+evidence: $(VENV)/.test
+	$(BIN)/python benchmarks/evidence.py $(EVIDENCE)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

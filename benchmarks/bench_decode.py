@@ -8,6 +8,7 @@
    Timed from the query after RoPE to the output: query rotation, splits, Value rotation and merge. "append" adds writing the new Key and
    Value: two copies before SDPA, our kernel does it itself. "graph": a CUDA graph over several layers with a cache each, more than 3x the
    L2 together; "eager": one call, L2 overwritten before each (Triton's do_bench).
+   FlexAttention and FlashInfer (decode_baselines.py) are timed likewise where they run.
 3. With --sweep: tile sizes and numbers of programs of the coded configurations.
 
 With --dry-run the shapes are the smallest, and without a GPU the torch specification runs: a way to try the script out.
@@ -22,7 +23,9 @@ import sys
 from pathlib import Path
 
 import decode_curves
+import print_decode
 import torch
+from decode_baselines import DIM, FAMILIES, THIN, missing, step_error
 from decode_cases import (
     BASELINES,
     CONFIGURATIONS,
@@ -114,11 +117,11 @@ class Table:
             writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in (row | self.facts).items()} for row in self.rows)
 
     def show(self) -> None:
-        """Ratios to the best SDPA of the same shape and the same column."""
+        """Ratios to the best dense kernel of the same shape and the same column."""
         columns = ("graph_us", "graph_append_us", "eager_us", "eager_append_us")
         print(f"\n{'B, T':>12} {'method':24}" + "".join(f"{c:>22}" for c in columns) + f"{'TB/s (graph)':>14}{'error':>10}")
         for row in self.rows:
-            same = [r for r in self.rows if (r["B"], r["T"]) == (row["B"], row["T"]) and r["method"].startswith("SDPA")]
+            same = [r for r in self.rows if (r["B"], r["T"]) == (row["B"], row["T"]) and print_decode.is_dense(r)]
             cells = [f"{row[c]:.1f} ({min(r[c] for r in same) / row[c]:.2f}x)" for c in columns]
             error = f"{row['error']:.1e}" if "error" in row else ""
             line = "".join(f"{c:>22}" for c in cells) + f"{row['graph_TBps']:>14.2f}{error:>10}"
@@ -152,6 +155,28 @@ def measure_shape(results: Table, batch: int, tokens: int, count: int, quick: bo
             print(f"  host time of one call: {host_us(our_steps(layers, False)[0]):.1f} us")
         del layers
         torch.cuda.empty_cache()
+
+
+def measure_others(results: Table, batch: int, tokens: int, count: int, families: list[str]) -> None:
+    """Dense baselines of other packages; those that do not run here are named."""
+    case = Case(batch, tokens)
+    for family, name in ((of, name) for of in families for name in FAMILIES[of]):
+        reason = missing(family, case)
+        try:
+            if reason is None:
+                plain, appended = (FAMILIES[family][name](case, count, append) for append in (False, True))
+                error = step_error(plain[0], case)
+                if not error < TIMED_LIMIT:
+                    sys.exit(f"{name} at B {batch}, T {tokens}: error {error:.2e}, limit {TIMED_LIMIT}")
+                thin = batch * tokens * case.heads * (THIN + DIM) * 2
+                results.add(batch, tokens, name, thin if "thin" in name else case.dense_bytes, plain, appended, error=error)
+                del plain, appended
+        except Exception as error:  # a baseline that fails must not end a run of ours
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if reason is not None:
+            print(f"  {name}: does not run here ({reason})", flush=True)
+        if place() == "cuda":
+            torch.cuda.empty_cache()
 
 
 def sweep(output: Path | None, measured_on: dict[str, object]) -> None:
@@ -193,6 +218,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the CSV files")
     parser.add_argument("--sweep", action="store_true", help="also sweep tile sizes and numbers of programs")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument(
+        "--baselines", nargs="*", choices=list(FAMILIES), default=list(FAMILIES), help="dense kernels to time beside SDPA.  [default: all]"
+    )
     parser.add_argument("--gate-only", action="store_true", help="correctness only")
     parser.add_argument("--gate-shapes", type=int, default=6, help="random shapes in the gate; each compiles two kernels")
     parser.add_argument("--linear", action="store_true", help="instead of all this: cost from 16k to 128k tokens")
@@ -218,6 +246,7 @@ def main() -> None:
     results = Table(measured_on)
     for (batch, tokens), count in (DRY_SHAPES if args.dry_run else SHAPES).items():
         measure_shape(results, batch, tokens, count, args.quick)
+        measure_others(results, batch, tokens, count, args.baselines)
         if args.output:
             results.save(args.output / "bench_decode.csv")
     if args.sweep:

@@ -1,16 +1,21 @@
-"""Whole decoding steps at full size: a model of the geometry of LLaVA-NeXT-Mistral-7B with random weights, dense and compressed caches.
+"""Whole decoding steps at full size: random-weight models of two geometries, over dense and over compressed caches.
 
-    python benchmarks/bench_steps.py --output benchmarks/results           # on a GPU of 80 GB: two to three minutes
-    python benchmarks/bench_steps.py --small --output /tmp/small            # the same path with a small model, on a CPU
+    python benchmarks/bench_steps.py --output benchmarks/results            # on a GPU of 80 GB; --seconds N begins nothing after that
+    python benchmarks/bench_steps.py --points 32x4096 fullx16384 --caches dense ours --output benchmarks/results
+    python benchmarks/bench_steps.py --small --output /tmp/small             # the same path with small models, on a CPU
 
-Every cache is filled with random Keys and Values (nothing is prefilled), coded by the cache's own encoder. Rows:
+A point is BATCHxTOKENS; `full` is the largest batch that fits in the GPU's memory, for each cache its own: computed from bytes, then tried.
+Every cache is filled with random Keys and Values (nothing is prefilled; `step_caches.py`). Rows, by their name in --caches:
 
 - *stock*: transformers' DynamicCache, step by step as `generate` runs it.
-- *dense, captured*: a cache of fixed length in a CUDA graph, attended by the faster of SDPA's flash and cuDNN kernels. It writes the new
-  token but never grows, which is less than a real loop has to do.
-- *ours* and *ours, captured*: plain calls of the enabled model, without and with `graphs`.
+- *static*: transformers' StaticCache under its own `generate`, which compiles the decoding step (mode reduce-overhead). What the first
+  steps take to compile is not counted; --compile-seconds ends it where it takes too long.
+- *dense*: our own loop over a cache of fixed length in a CUDA graph, attended by the faster of SDPA's flash and cuDNN kernels. It writes
+  the new token but never grows, which is less than a real loop has to do.
+- *ours*: plain calls of the enabled model, captured in CUDA graphs; *eager*: the same without.
 
-What bytes allow: (weights + dense cache) / (weights + compressed cache), each read once in a step.
+Rows are saved as they come, so a run may be cut at any moment; rows of the same model, point and cache are replaced, others kept. Bytes
+of a cache are those allocated at the end, room for further tokens included. Ratios are print_decode.py's.
 """
 
 from __future__ import annotations
@@ -22,257 +27,213 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench_full_size import llava_next, random_model  # noqa: E402
-from print_decode import steps_table  # noqa: E402
+from bench_full_size import llava_next, qwen3_vl, random_model  # noqa: E402
+from decode_timing import copy_rate  # noqa: E402
+from print_decode import Row, read, steps_table  # noqa: E402
+from step_caches import artifact_of, dense_token_bytes, fill_ours  # noqa: E402
+from step_loops import CODED_ROWS, Bench  # noqa: E402
 
-from rotatek_compile.artifact import Artifact, Method
-from rotatek_compile.geometry import Geometry, geometry_of
+from rotatek_compile.geometry import geometry_of
 from rotatek_compile.kernels.slabs import Slabs
-from rotatek_compile.plan import SIDES, HeadPlan, plan_tensors
 from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.enable import enable
-from rotatek_compile.runtime.recorder import CudaRecorder
-from rotatek_compile.runtime.segments import IMAGE, TEXT
-from rotatek_compile.text_attention import set_text_attention
+from rotatek_compile.runtime.graphs import LEAST_STRETCH, STRETCH
 
 GB = 1e9
-PAGE, QUESTION = 2880, 24  # tokens
-POINTS = ((1, 8192), (8, 8192), (32, 4096), (8, 32768))  # batch, tokens
+LARGEST = "full"
+POINTS = ("32x4096", "8x32768", "fullx16384", "8x8192", "1x8192")
 PLANS = {"K 32x8, V 128x8": ((0, 32, 0), (0, 128, 0)), "K 32x4, V 128x4": ((0, 0, 32), (0, 0, 128))}
-WARM, STEPS = 12, 40
-DENSE = "dense_without_mask"
-COLUMNS = ("batch", "tokens", "cache", "ms", "tokens_per_second", "cache_gb", "over_best_dense", "bytes_allow", "reached")
+SMALL_PLANS = {"K 16x8, V 32x8": ((0, 16, 0), (0, 32, 0))}
+CACHES = ("dense", "ours", "static", "stock", "eager")
+STEPS = 40
+TRIES = 8
+SPARE = 2.0  # GB that the largest batch leaves for what a step computes with
+COLUMNS = ("model", "point", "batch", "tokens", "cache", "ms", "tokens_per_second", "cache_gb", "weights_gb", "copy_TBps")
 COLUMNS += ("device", "torch", "transformers")
 
 
-def artifact_of(geometry: Geometry, keys: Slabs, values: Slabs) -> Artifact:
-    """Random orthonormal bases, one plan in every head, nothing that falls back."""
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, Tensor] = {}
-    for i in geometry.compressible:
-        layer = geometry.layers[i]
-        for side in SIDES:
-            basis = torch.linalg.qr(torch.randn(layer.kv_heads, layer.head_dim, layer.head_dim, generator=generator))[0]
-            tensors[f"layers.{i}.visual.{side}_encode"] = basis.contiguous()
-            tensors[f"layers.{i}.visual.{side}_mean"] = torch.zeros(layer.kv_heads, layer.head_dim)
-            tensors[f"layers.{i}.visual.{side}_spectrum"] = torch.logspace(0, -2, layer.head_dim).repeat(layer.kv_heads, 1)
-    plan = {i: [HeadPlan(keys, values)] * geometry.layers[i].kv_heads for i in geometry.compressible}
-    return Artifact(geometry, Method(fallback_factor=0.0, prior_tokens=0), tensors | plan_tensors(plan), {}, {})
+def qwen3_vl_4b(small: bool) -> Any:
+    """Qwen3-VL-4B: as the 8B, but narrower, with tied embeddings."""
+    config = qwen3_vl(small)
+    if not small:
+        text = {"hidden_size": 2560, "intermediate_size": 9728}
+        vision = {
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "out_hidden_size": 2560,
+            "deepstack_visual_indexes": [5, 11, 17],
+        }
+        for part, changes in ((config.text_config, text), (config.vision_config, vision)):
+            for name, value in changes.items():
+                setattr(part, name, value)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    return config
 
 
-def random_kv(geometry: Geometry, index: int, batch: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and Values [B, Hkv, T, D] of a layer, different in every head and row."""
-    layer = geometry.layers[index]
-    generator = torch.Generator(like.device).manual_seed(index)
-    shape = (2, batch, layer.kv_heads, tokens, layer.head_dim)
-    made = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-    return made[0], made[1]
+MODELS: dict[str, Callable[[bool], Any]] = {"llava-next-mistral-7b": llava_next, "qwen3-vl-4b": qwen3_vl_4b}
 
 
-def fill_ours(cache: Any, geometry: Geometry, batch: int, tokens: int, like: Tensor) -> None:
-    """Pages of `PAGE` tokens and a question after them, in every row, through the layers' own path."""
-    pages = tokens - QUESTION
-    kinds = np.full((batch, tokens), IMAGE, dtype=np.int8)
-    kinds[:, pages:] = TEXT
-    lengths = [min(PAGE, pages - start) for start in range(0, pages, PAGE)]
-    cache.state.begin((batch, tokens), kinds, {IMAGE: lengths * batch})
-    for index, layer in enumerate(cache.layers):
-        keys, values = random_kv(geometry, index, batch, tokens, like)
-        handle, _ = layer.update(keys, values)
-        handle.commit(like.new_empty(1).expand(batch, geometry.layers[index].query_heads, tokens, geometry.layers[index].head_dim))
-    cache.state.end()
+def free_bytes(device: torch.device) -> int:
+    """What a cache could take; on a CPU room for six dense rows of the small model."""
+    if device.type != "cuda":
+        return int(SPARE * GB) + 30_000_000
+    gc.collect()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
-class FixedLayer(CacheLayerMixin):
-    """Keys and Values of a fixed number of tokens; the newest one overwrites the last."""
-
-    is_compileable = is_sliding = False
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys[:, :, -1:] = key_states
-        self.values[:, :, -1:] = value_states
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return int(self.keys.shape[2]) - 1
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return int(self.keys.shape[2]), 0
-
-    def get_max_length(self) -> int:
-        return int(self.keys.shape[2])
-
-    get_max_cache_shape = get_max_length
+def row_bytes(model: Any, tokens: int, plan: tuple[Any, Any] | None) -> int:
+    """Bytes that a row of a cache takes: dense, or coded by a plan with the window and its room for a captured stretch."""
+    geometry, like = geometry_of(model.config), next(model.parameters())
+    if plan is None:
+        return tokens * dense_token_bytes(geometry, like.element_size())
+    with enable(model, artifact_of(geometry, Slabs(*plan[0]), Slabs(*plan[1])), graphs=False) as enabled:
+        cache = enabled.new_cache()
+        fill_ours(cache, geometry, 1, tokens, like)
+        stretch = min(STRETCH, max(LEAST_STRETCH, tokens // 8))
+        return int(cache_bytes(cache).stored) + stretch * dense_token_bytes(geometry, like.element_size())
 
 
-def dense_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **unused: Any) -> Any:
-    """SDPA over everything there is, in transformers' attention interface."""
-    out = scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), None
+def largest(model: Any, tokens: int, steps: int, plan: tuple[Any, Any] | None) -> Iterator[tuple[int, Callable[[], tuple[float, int]]]]:
+    """Batches to try, the largest that bytes allow first and then smaller ones, and how to time each."""
+    room = free_bytes(next(model.parameters()).device) - SPARE * GB
+    unit = 1 if plan is None else CODED_ROWS
+    batch = int(room / row_bytes(model, tokens, plan)) // unit * unit
+    for _ in range(TRIES):
+        if batch < unit:
+            return
+        bench = Bench(model, batch, tokens, steps)
+        yield batch, bench.dense if plan is None else partial(bench.ours, plan, True, True)
+        batch = min(batch - unit, int(batch * 0.96)) // unit * unit
 
 
-@contextmanager
-def attended_by(model: Any) -> Iterator[None]:
-    """The text model attends by `dense_attention`: in a captured step transformers makes a mask, which the fast kernels do not take."""
-    AttentionInterface.register(DENSE, dense_attention)
-    before = model.config.get_text_config(decoder=True)._attn_implementation
-    set_text_attention(model, DENSE)
-    try:
-        yield
-    finally:
-        set_text_attention(model, before)
+def ways_at(model: Any, point: str, plans: dict[str, Any], args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
+    """For each row of a point its name and the (batch, measurement) pairs of which the first that fits is taken."""
+    batch, tokens = point.split("x")
+    if batch == LARGEST:
+        if "dense" in args.caches:
+            yield "dense, captured", largest(model, int(tokens), args.steps, None)  # type: ignore[misc]
+        for name, plan in plans.items():
+            if "ours" in args.caches:
+                yield f"ours {name}, captured", largest(model, int(tokens), args.steps, plan)  # type: ignore[misc]
+        return
+    bench = Bench(model, int(batch), int(tokens), args.steps)
+    for kind in args.caches:
+        if kind == "dense":
+            yield "dense, captured", [(bench.batch, bench.dense)]
+        elif kind == "static":
+            yield "static, compiled", [(bench.batch, partial(bench.static, args.compile_seconds))]
+        elif kind == "stock":
+            yield "stock", [(bench.batch, bench.stock)]
+        else:
+            for name, plan in plans.items():
+                captured = kind == "ours"
+                yield f"ours {name}" + ", captured" * captured, [(bench.batch, partial(bench.ours, plan, captured))]
 
 
-def timed(step: Callable[[int], Any], device: torch.device, steps: int, warm: int = WARM) -> float:
-    """Seconds of a step, mean over `steps` after `warm` others; `step` is told its number."""
-    for number in range(warm):
-        step(number)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for number in range(warm, warm + steps):
-        step(number)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps
-
-
-class Bench:
-    """One model at one point."""
-
-    def __init__(self, model: Any, batch: int, tokens: int, steps: int) -> None:
-        self.model, self.batch, self.tokens, self.steps = model, batch, tokens, steps
-        self.geometry = geometry_of(model.config)
-        self.like = next(model.parameters())
-        self.device = self.like.device
-        self.ids = torch.randint(10, 30000, (batch, 1), device=self.device)
-
-    def call(self, cache: Any, number: int) -> Any:
-        """One step as `generate` asks for it, the next token chosen on the device."""
-        places = torch.full((self.batch, 1), self.tokens + number, device=self.device)
-        logits = self.model(input_ids=self.ids, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        self.ids = logits[:, -1].argmax(-1, keepdim=True)
-
-    def stock(self) -> tuple[float, int]:
-        """Seconds of a step and bytes of the cache."""
-        cache = DynamicCache(config=self.model.config.get_text_config())
-        for index in range(len(self.geometry.layers)):
-            cache.update(*random_kv(self.geometry, index, self.batch, self.tokens, self.like), index)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        return timed(lambda number: self.call(cache, number), self.device, self.steps // 2, warm=4), held
-
-    def dense_captured(self) -> tuple[float, int]:
-        """The faster of two attention kernels, which get no mask: every token is seen."""
-        filled = [FixedLayer(*random_kv(self.geometry, i, self.batch, self.tokens, self.like)) for i in range(len(self.geometry.layers))]
-        cache = Cache(layers=filled)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
-        places = torch.full((self.batch, 1), self.tokens, device=self.device)
-        given = {"position_ids": places, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        found = []
-        with attended_by(self.model):
-            for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-                with sdpa_kernel(kernel):
-                    for _ in range(3):
-                        self.model(input_ids=self.ids, **given)
-                    torch.cuda.synchronize()
-                    recorder, ids = CudaRecorder(self.device), self.ids.clone()
-
-                    def step(ids: Tensor = ids) -> None:
-                        ids.copy_(self.model(input_ids=ids, **given).logits[:, -1].argmax(-1, keepdim=True))
-
-                    recorder.record(step)
-                found.append(timed(lambda number, one=recorder: one.replay(), self.device, self.steps))
-                del recorder
-        return min(found), held
-
-    def ours(self, plan: tuple[Any, Any], graphs: bool) -> tuple[float, int]:
-        """Through `enable`."""
-        with enable(self.model, artifact_of(self.geometry, Slabs(*plan[0]), Slabs(*plan[1])), graphs=graphs) as enabled:
-            cache = enabled.new_cache()
-            fill_ours(cache, self.geometry, self.batch, self.tokens, self.like)
-            seconds = timed(lambda number: self.call(cache, number), self.device, self.steps)
-            held = cache_bytes(cache).stored  # afterwards: a captured stretch makes room
-            if graphs and self.device.type == "cuda":
-                assert any(history.captured for history in enabled.graphs.histories.values()), "nothing was captured"
-        return seconds, int(held)
-
-
-def rows_at(model: Any, batch: int, tokens: int, plans: dict[str, Any], steps: int) -> list[dict[str, Any]]:
-    """All rows of one point; what does not fit in memory is left out, and said."""
-    bench, weights = Bench(model, batch, tokens, steps), sum(p.nbytes for p in model.model.language_model.parameters())
-    cuda = bench.device.type == "cuda"
-    ways: dict[str, Callable[[], tuple[float, int]]] = {"stock": bench.stock}
-    if cuda:
-        ways["dense, captured"] = bench.dense_captured
-    for name, plan in plans.items():
-        ways[f"ours {name}"] = lambda plan=plan: bench.ours(plan, graphs=False)
-        if cuda:
-            ways[f"ours {name}, captured"] = lambda plan=plan: bench.ours(plan, graphs=True)
-    rows: list[dict[str, Any]] = []
-    for name, way in ways.items():
+def row_of(point: str, name: str, tries: Any) -> Row | None:
+    """The first of `tries` that fits, measured; None, and why, if none does."""
+    tokens = int(point.split("x")[1])
+    for batch, measure in tries:
         try:
-            seconds, held = way()
-        except torch.OutOfMemoryError:
-            print(f"B {batch}, T {tokens}, {name}: does not fit in memory")
+            seconds, held = measure()
+        except RuntimeError as error:
+            full, tight = point.startswith(LARGEST), isinstance(error, torch.OutOfMemoryError)
+            if not tight and not full and not name.startswith(("static", "stock")):
+                raise
+            # out of memory inside a capture ends in other errors
+            why = "does not fit in memory" if tight else f"does not run here ({type(error).__name__}: {error})".splitlines()[0][:200]
+            print(f"{point}, {name}, B {batch}: {why}", flush=True)
             continue
+        except Exception as error:
+            if not name.startswith(("static", "stock")):
+                raise
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            print(f"{point}, {name}, B {batch}: does not run here ({why})", flush=True)
+            return None
         finally:
             gc.collect()
-            if cuda:
+            if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        row = {"ms": seconds * 1e3, "tokens_per_second": batch / seconds, "cache_gb": held / GB}
-        rows.append({"batch": batch, "tokens": tokens, "cache": name, **row})
-    dense = [row for row in rows if not row["cache"].startswith("ours")]
-    for row in rows:
-        if row not in dense and dense:
-            row["over_best_dense"] = min(one["ms"] for one in dense) / row["ms"]
-            row["bytes_allow"] = (weights + dense[0]["cache_gb"] * GB) / (weights + row["cache_gb"] * GB)
-            row["reached"] = row["over_best_dense"] / row["bytes_allow"]
-    return rows
+        measured = {"ms": seconds * 1e3, "tokens_per_second": batch / seconds, "cache_gb": held / GB}
+        return {"point": point, "batch": batch, "tokens": tokens, "cache": name} | measured
+    print(f"{point}, {name}: no batch fits in memory", flush=True)
+    return None
+
+
+class Saved:
+    """Rows of a CSV, rewritten whenever one comes. Rows without a model, of an older form of the file, are dropped."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.rows = file, [row for row in read(file) if row.get("model")] if file.exists() else []
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, row: Row) -> None:
+        key = ("model", "point", "cache")
+        self.rows = [old for old in self.rows if [old[name] for name in key] != [row[name] for name in key]] + [row]
+        with self.file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in one.items()} for one in self.rows)
+
+
+def measure_model(title: str, points: Any, plans: dict[str, Any], args: Any, saved: Saved, record: Row, began: float) -> None:
+    """All rows of one model, which is gone from memory afterwards."""
+    model = random_model(MODELS[title](args.small), torch.device("cuda" if torch.cuda.is_available() and not args.small else "cpu"))
+    record = record | {"model": title, "weights_gb": sum(p.nbytes for p in model.model.language_model.parameters()) / GB}
+    for point in points:
+        for name, tries in ways_at(model, point, plans, args):
+            spent = time.perf_counter() - began
+            if spent > args.seconds:
+                print(f"{title}, {point}, {name}: no time left", flush=True)
+                continue
+            row = row_of(point, name, tries)
+            if row is not None:
+                saved.add(row | record)
+                took = time.perf_counter() - began - spent
+                print(f"{title}, {point}, {name}: B {row['batch']}, {row['ms']:.2f} ms ({took:.0f} s)", flush=True)
+
+
+def point_of(text: str) -> str:
+    """A point as it was written, if it is one."""
+    batch, _, tokens = text.partition("x")
+    if not tokens.isdigit() or not (batch == LARGEST or batch.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no point; write BATCHxTOKENS, for instance 32x4096 or fullx16384")
+    return f"{batch}x{tokens}"
 
 
 @torch.no_grad()
 def main() -> None:
-    """Measure, print, save."""
+    """Measure, save, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a small model and short caches, to try the path")
-    parser.add_argument("--points", nargs="+", default=[f"{b}x{t}" for b, t in POINTS], help="batch x tokens")
+    parser.add_argument("--small", action="store_true", help="small models and short caches, to try the path")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--points", nargs="+", type=point_of, default=POINTS, help="batch x tokens; the batch may be full")
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
+    parser.add_argument("--compile-seconds", type=float, default=180, help="most for a row of --caches static")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
+    began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.small else "cpu")
-    model = random_model(llava_next(args.small), device)
-    plans = {"K 16x8, V 32x8": ((0, 16, 0), (0, 32, 0))} if args.small else PLANS
-    points = [(2, 192)] if args.small else [tuple(int(n) for n in point.split("x")) for point in args.points]
-    rows = [row for batch, tokens in points for row in rows_at(model, batch, tokens, plans, args.steps)]
+    plans, points = (SMALL_PLANS, ("2x192", "fullx3072")) if args.small else (PLANS, args.points)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    record = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
-    rows = [row | record for row in rows]
-    args.output.mkdir(parents=True, exist_ok=True)
-    with (args.output / "steps.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print("\n".join(steps_table(rows)))
+    record = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__, "copy_TBps": copy_rate()}
+    saved = Saved(args.output / "steps.csv")
+    for title in args.models:
+        measure_model(title, points, plans, args, saved, record, began)
+        free_bytes(device)
+    print("\n".join(steps_table(saved.rows)))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ import subprocess
 import time
 
 import torch
-import triton
 from decode_cases import Step, place
-from triton.testing import do_bench
 
 
 def graph_us(steps: list[Step], *, ahead: bool = False, enough_ms: float = math.inf) -> float:
@@ -64,7 +62,14 @@ def wall_us(steps: list[Step]) -> float:
 
 def eager_us(step: Step) -> float:
     """One call, L2 overwritten before each."""
-    return do_bench(step, warmup=20, rep=80, return_mode="median") * 1e3 if place() == "cuda" else wall_us([step])
+    return bench_us(step, warmup=20, rep=80) if place() == "cuda" else wall_us([step])
+
+
+def bench_us(step: Step, **options: int) -> float:
+    """Median of Triton's do_bench."""
+    from triton.testing import do_bench
+
+    return float(do_bench(step, return_mode="median", **options)) * 1e3
 
 
 def host_us(step: Step, calls: int = 200) -> float:
@@ -84,7 +89,7 @@ def copy_rate() -> float:
     """TB/s of a device copy, bytes read plus written."""
     x = torch.empty(1 << (30 if place() == "cuda" else 20), dtype=torch.uint8, device=place())
     y = torch.empty_like(x)
-    us = do_bench(lambda: y.copy_(x), return_mode="median") * 1e3 if place() == "cuda" else wall_us([lambda: y.copy_(x)])
+    us = bench_us(lambda: y.copy_(x)) if place() == "cuda" else wall_us([lambda: y.copy_(x)])
     return 2 * x.numel() / us / 1e6
 
 
@@ -115,6 +120,8 @@ def l2_bytes() -> int:
 
 def facts() -> dict[str, object]:
     """What every row of the tables states."""
+    import triton
+
     return {
         "device": torch.cuda.get_device_name(0) if place() == "cuda" else "cpu", "multiprocessors": multiprocessors(),
         "torch": torch.__version__, "triton": triton.__version__, "cudnn": torch.backends.cudnn.version(), "sm_MHz": clock(),

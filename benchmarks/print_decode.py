@@ -30,7 +30,8 @@ def read(file: Path) -> list[Row]:
 
 
 def is_dense(row: Row) -> bool:
-    return str(row["method"]).startswith("SDPA")
+    """Whether a row is a baseline over a whole dense cache."""
+    return not str(row["method"]).startswith("ours") and "thin" not in str(row["method"])
 
 
 def measured_on(row: Row) -> str:
@@ -45,7 +46,7 @@ def span(values: Iterable[float], digits: int) -> str:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Microseconds with the append, in a CUDA graph, and the ratio to the faster SDPA backend of the same shape."""
+    """Microseconds with the append, in a CUDA graph, and the ratio to the fastest dense baseline of the same shape."""
     shapes = list(dict.fromkeys((row["B"], row["T"]) for row in rows))
     lines = [measured_on(rows[0]), "", "| |" + "".join(f" B {b}, T {t} |" for b, t in shapes), "|---|" + "---|" * len(shapes)]
     times = {(row["method"], row["B"], row["T"]): float(row["graph_append_us"]) for row in rows}
@@ -57,7 +58,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def ratios_to_dense(rows: list[Row], column: str) -> dict[tuple[str, Any, Any], float]:
-    """Time of the fastest SDPA backend of the same (B, T) over this one's, by (method, B, T), where there is one."""
+    """Time of the fastest dense baseline of the same (B, T) over this one's, by (method, B, T), where there is one."""
     best: dict[tuple[Any, Any], float] = {}
     for row in filter(is_dense, rows):
         shape = row["B"], row["T"]
@@ -73,11 +74,13 @@ def rates(rows: list[Row]) -> list[str]:
     mixed = span((graph[key] / graph[(UNIFORM, *key[1:])] for key in graph if key[0] == MIXED), 2)
     one = [key for key in graph if int(key[1]) == 1 and key[0].startswith("ours")]
     eager = [span((ratios_to_dense(rows, column)[key] for key in one), 2) for column in ("eager_append_us", "eager_us")]
+    alone = all(str(row["method"]).startswith("SDPA") for row in rows if is_dense(row))
+    fastest, dense = ("faster SDPA", "SDPA") if alone else ("fastest dense kernel", "the fastest dense kernel")
     words = (
-        f"Over these shapes `ours dense` has {own[0]} times the speed of the faster SDPA with the append, {own[1]} without. "
+        f"Over these shapes `ours dense` has {own[0]} times the speed of the {fastest} with the append, {own[1]} without. "
         f"Codes of 8 bits are read at {read_at[8]} TB/s, those of 4 bits at {read_at[4]}, where a copy reaches "
         f"{float(rows[0]['copy_TBps']):.1f}. The mixed map has {mixed} of the speed of its uniform row. One eager call at batch 1, "
-        f"launched from Python, has {eager[0]} times the speed of SDPA with the append, {eager[1]} without."
+        f"launched from Python, has {eager[0]} times the speed of {dense} with the append, {eager[1]} without."
     )
     return textwrap.wrap(words, 140)
 
@@ -211,18 +214,60 @@ def plot_linear(rows: list[Row], file: Path) -> None:
     plt.close(figure)
 
 
-def steps_table(rows: list[Row]) -> list[str]:
-    """Whole steps of a model, dense and compressed."""
-    head = ["B", "T", "cache", "ms a step", "tokens/s", "cache GB", "over the best dense", "bytes allow", "reached"]
-    first = rows[0]
-    lines = [f"{first['device']}, torch {first['torch']}, transformers {first['transformers']}", ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def with_step_ratios(rows: list[Row]) -> list[Row]:
+    """Rows of whole steps with `over_best_dense` (tokens per second over those of the fastest dense row of the same model and point),
+    `bytes_allow` (what that would be if reading weights and cache once were all there is to a step), `reached` (the one over the other) and
+    `roofline` (those bytes at the rate of a device copy, over the time of the step)."""
+    out = []
     for row in rows:
-        cells = [str(row["batch"]), str(row["tokens"]), str(row["cache"])]
-        cells += [f"{float(row['ms']):.1f}", f"{float(row['tokens_per_second']):.0f}", f"{float(row['cache_gb']):.2f}"]
-        ratios = (row.get(name) for name in ("over_best_dense", "bytes_allow", "reached"))
-        cells += ["" if ratio in (None, "") else f"{float(ratio):.2f}" for ratio in ratios]
-        lines.append("| " + " | ".join(cells) + " |")
+        same = [other for other in rows if all(other[name] == row[name] for name in ("model", "point"))]
+        dense = [other for other in same if not str(other["cache"]).startswith("ours")]
+        found = {"roofline": step_gb(row) / (float(row["copy_TBps"]) * float(row["ms"]))}
+        if dense and row not in dense:
+            fastest = max(dense, key=lambda other: float(other["tokens_per_second"]))
+            smallest = min(dense, key=lambda other: float(other["cache_gb"]))
+            found["over_best_dense"] = float(row["tokens_per_second"]) / float(fastest["tokens_per_second"])
+            found["bytes_allow"] = float(row["batch"]) / step_gb(row) / (float(smallest["batch"]) / step_gb(smallest))
+            found["reached"] = found["over_best_dense"] / found["bytes_allow"]
+        out.append(row | found)
+    return out
+
+
+def step_gb(row: Row) -> float:
+    """GB that a step has to read: the weights and the cache."""
+    return float(row["weights_gb"]) + float(row["cache_gb"])
+
+
+def steps_table(rows: list[Row]) -> list[str]:
+    """Whole steps of each model, dense and compressed, and how much larger the largest batches are."""
+    first = rows[0]
+    head = ["B", "T", "cache", "ms a step", "tokens/s", "cache GB", "roofline", "over the best dense", "bytes allow", "reached"]
+    columns = ("roofline", "over_best_dense", "bytes_allow", "reached")
+    lines = [f"{first['device']}, torch {first['torch']}, transformers {first['transformers']}"]
+    if "model" in first:  # else of a run before there were several, with its own ratios
+        lines[0] += f", copy {float(first['copy_TBps']):.2f} TB/s"
+        rows = with_step_ratios(rows)
+    for model in dict.fromkeys(row.get("model") for row in rows):
+        mine = [row for row in rows if row.get("model") == model]
+        title = [f"{model}, weights {float(mine[0]['weights_gb']):.1f} GB", ""] if model else []
+        lines += ["", *title, "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for row in mine:
+            cells = [str(row["batch"]), str(row["tokens"]), str(row["cache"])]
+            cells += [f"{float(row['ms']):.1f}", f"{float(row['tokens_per_second']):.0f}", f"{float(row['cache_gb']):.2f}"]
+            cells += ["" if row.get(name) in (None, "") else f"{float(row[name]):.2f}" for name in columns]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += largest_batches(mine)
+    return lines
+
+
+def largest_batches(rows: list[Row]) -> list[str]:
+    """For each length of text whose largest batches were tried, a sentence."""
+    lines = []
+    for point in dict.fromkeys(row["point"] for row in rows if str(row.get("point", "")).startswith("full")):
+        batches = {str(row["cache"]): int(row["batch"]) for row in rows if row["point"] == point}
+        dense = max((n for name, n in batches.items() if not name.startswith("ours")), default=0)
+        words = [f"{name}: {n}" + (f" ({n / dense:.1f} times)" if dense and name.startswith("ours") else "") for name, n in batches.items()]
+        lines += ["", f"Largest batch at T {point.split('x')[-1]}: {'; '.join(words)}."]
     return lines
 
 

@@ -4,8 +4,10 @@
     python benchmarks/print_suite.py results.csv --skills     # exact match per skill, question asked after compression
     python benchmarks/print_suite.py results.csv --skills with
     python benchmarks/print_suite.py a.csv b.csv              # several models beside each other, question asked after compression
+    python benchmarks/print_suite.py results.csv --versus     # only ours beside the best rivals
 
-Without --skills a second table follows where something of ours was measured at KV budgets: ours beside the best rival of each.
+Without --skills a second table follows where something of ours was measured at KV budgets: ours beside the best rival of each. Results of
+the suite `proof` have such a pair of tables for every axis (rotatek_compile/proof_suite.py).
 """
 
 from __future__ import annotations
@@ -19,6 +21,13 @@ from rotatek_compile.errors import RotateKError
 from rotatek_compile.suite import ALL, read_results
 
 Rows = list[dict[str, str]]
+KV = "kv"
+AXES = {
+    KV: "Keys and Values",
+    "keys": "Keys at equal bytes, Values raw on both sides",
+    "keys+values4": "Keys at equal bytes, Values at 4 bits on both sides",
+    "values": "Keys raw, Values at 4 bits",
+}
 NEGLIGIBLE_KL = 0.003  # nats per answer token: a best rival that loses no more leaves nothing to win
 WANTED_RATIO = 0.5
 
@@ -42,11 +51,25 @@ def share(row: dict[str, str], part: str) -> str:
     return f"{float(row[f'{part}_bytes']) / dense:.4f}" if dense else "-"
 
 
+def axis_of(row: dict[str, str]) -> str:
+    """What a row is compared in; older results know one axis."""
+    return row.get("axis") or KV
+
+
+def by_axis(rows: Rows) -> dict[str, Rows]:
+    """Rows of every axis that there is; the dense model belongs to all."""
+    found = {axis: [row for row in rows if axis_of(row) == axis] for axis in dict.fromkeys(map(axis_of, rows))}
+    dense = [row for row in rows if row["method"] == "dense"]
+    return {axis: own if axis == KV else dense + own for axis, own in found.items()}
+
+
 def heading(rows: Rows) -> str:
     """What was measured, on what."""
     first = rows[0]
     versions = f"torch {first['torch']}, transformers {first['transformers']}"
-    return f"{first['model']}, {first['samples']} documents of {first['data']}, {first['device']}, {first['dtype']}, {versions}"
+    calibrations = max(int(row.get("calibrations") or 1) for row in rows)
+    own = f", {calibrations} calibrations" if calibrations > 1 else ""
+    return f"{first['model']}, {first['samples']} documents of {first['data']}{own}, {first['device']}, {first['dtype']}, {versions}"
 
 
 def methods_table(rows: Rows) -> list[str]:
@@ -95,14 +118,17 @@ def versus_table(rows: Rows, asks: Sequence[str]) -> list[str]:
     chosen = [row for row in rows if row["skill"] == ALL and row["ask"] in asks and (row.get("rival") or row.get("above"))]
     if not chosen:
         return []
-    columns = ["budget", "ours", "coded span", "KL per token", "best rival within it, coded span", "KL per token", "ours / rival"]
-    columns += ["at most half", "best that needs more, coded span", "KL per token", "ours / rival"]
+    keys = axis_of(chosen[0]) != KV
+    columns = ["Keys" if keys else "budget", "ours", "coded span", "KL per token"]
+    columns += ["best rival within it, coded span", "KL per token", "ours / rival", "at most half"]
+    columns += ["best that needs more, coded span", "KL per token", "ours / rival"]
     modes = list(dict.fromkeys(row["ask"] for row in chosen))
     columns = (["asked"] if len(modes) > 1 else []) + columns
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in sorted(chosen, key=lambda row: (modes.index(row["ask"]), -float(row["requested_budget"]))):
         cells = [f"`{row['ask']}`"] if len(modes) > 1 else []
-        cells += [fraction(float(row["requested_budget"])), name_of(row), share(row, "span"), f"{float(row['kl']):.1e}"]
+        budget = float(row["key_budget" if keys else "requested_budget"])
+        cells += [fraction(budget), name_of(row), share(row, "span"), f"{float(row['kl']):.1e}"]
         cells += [*rival_cells(row, "rival"), verdict(row), *rival_cells(row, "above")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -137,6 +163,7 @@ def main() -> int:
     """Parse and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path, nargs="+")
+    parser.add_argument("--versus", action="store_true", help="only ours beside the best rivals")
     parser.add_argument("--skills", nargs="?", const="after", choices=("after", "with"), help="exact match per skill in this mode")
     args = parser.parse_args()
     try:
@@ -151,19 +178,30 @@ def main() -> int:
             return 2
     print("; ".join(heading(rows) for rows in tables) + "\n")
     if len(tables) > 1:
-        print("\n".join(models_table(tables)))
+        if not args.versus:
+            print("\n".join(models_table([by_axis(rows)[KV] for rows in tables])))
         for rows in tables:
-            if versus := versus_table(rows, (wanted,)):
-                print("\n".join(["", f"{rows[0]['model']}, ours beside the best rivals of each budget:", "", *versus]))
+            for axis, own in by_axis(rows).items():
+                if versus := versus_table(own, (wanted,)):
+                    where = f" ({AXES.get(axis, axis)})" if axis != KV else ""
+                    print("\n".join(["", f"{rows[0]['model']}, ours beside the best rivals of each budget{where}:", "", *versus]))
         return 0
     rows = tables[0]
-    if args.skills:
-        print("\n".join(skills_table(rows, args.skills)))
-        return 0
-    print("\n".join(methods_table(rows)))
-    if versus := versus_table(rows, list(dict.fromkeys(row["ask"] for row in rows))):
-        print("\n".join(["", "Ours beside the best rivals of each budget:", "", *versus]))
+    for number, (axis, own) in enumerate(by_axis(rows).items()):
+        if lines := one_axis(own, args):
+            title = [f"{AXES.get(axis, axis)}:", ""] if axis != KV else []
+            print("\n".join([*([""] if number else []), *title, *lines]))
     return 0
+
+
+def one_axis(rows: Rows, args: argparse.Namespace) -> list[str]:
+    """The tables of one axis of one model."""
+    if args.skills:
+        return skills_table(rows, args.skills)
+    lines = [] if args.versus else methods_table(rows)
+    if versus := versus_table(rows, list(dict.fromkeys(row["ask"] for row in rows))):
+        lines += [*([""] if lines else []), "Ours beside the best rivals of each budget:", "", *versus]
+    return lines
 
 
 if __name__ == "__main__":

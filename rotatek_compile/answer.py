@@ -13,7 +13,8 @@ from transformers import TextStreamer
 from .batches import prompt_text, tokenized
 from .errors import RotateKError
 from .placement import input_device
-from .runtime.accounting import CacheBytes, cache_bytes
+from .runtime.accounting import CacheBytes
+from .runtime.rap_load import bytes_of
 from .video import Clip
 
 
@@ -84,7 +85,7 @@ def answer_once(
     return Answer(
         text=processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
         new_tokens=len(ids),
-        bytes=cache_bytes(out.past_key_values, cached),
+        bytes=bytes_of(model, out.past_key_values, cached),
         seconds_prefill=clock.first - start,
         seconds_decode=end - clock.first,
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .artifact import Artifact
 from .carried_files import check_carried_files
-from .errors import RotateKError
+from .errors import RotateKError, UsageError
 from .hub import fetch_weights, open_artifact
 from .models import BUNDLED, Source, choose_device, choose_dtype, identity, load_config, load_model, load_processor, resolve
 from .placement import AUTO
@@ -25,9 +26,9 @@ def base_source(artifact: Artifact, model: str | None = None) -> Source:
     if model is not None:
         return resolve(model)
     name = str(artifact.base_model.get("id"))
-    if artifact.remote is not None and artifact.remote.weights:
+    if artifact.remote is not None and artifact.remote.weights and artifact.rap is None:
         return own_weights(name, fetch_weights(artifact.remote))
-    if artifact.path is not None and has_weights(artifact.path):
+    if artifact.path is not None and has_weights(artifact.path) and artifact.rap is None:  # those of RAP are other weights
         return own_weights(name, artifact.path)
     # a pushed artifact names a local base by the last part of its path alone, which must not be looked for in the working directory
     if artifact.base_model.get("fingerprint") and name not in BUNDLED and not (name.startswith("/") and Path(name).is_dir()):
@@ -96,8 +97,13 @@ def load(
     adapter: str | Path | None = None,
     tensor_parallel: bool = False,
     graphs: bool = True,
+    token_method: str | None = None,
+    token_keep_ratio: float | None = None,
 ) -> tuple[Any, Any]:
     """Load an artifact with its base weights: `(model, processor)`, on which `model.generate(**inputs)` uses the compressed cache.
+
+    An artifact of `--method rap` has weights of its own: they are loaded, with the stock cache, and options that speak of another cache
+    are refused.
 
     Args:
         artifact: directory made by rotatek-compile, `org/name` (or `org/name@revision`) of the Hub, or an `Artifact`.
@@ -112,6 +118,7 @@ def load(
         adapter: a peft adapter (directory or Hub id) to put on the base weights.
         tensor_parallel: share the model's heads between the processes of a torchrun; all of them call this, and `generate`.
         graphs: capture decoding steps in CUDA graphs where the model allows it, as for `enable`.
+        token_method, token_keep_ratio: keep a share of each image's tokens, as for `enable`.
 
     Raises:
         RotateKError: see `hub.open_artifact`, `read_artifact`, `load_base` and `runtime.enable.enable`.
@@ -119,10 +126,47 @@ def load(
     from .runtime.enable import enable
 
     read = artifact if isinstance(artifact, Artifact) else open_artifact(artifact, revision)
+    if read.rap is not None:
+        asked = {"model": model, "keep_ratio": keep_ratio, "kv_budget": kv_budget, "tensor_parallel": tensor_parallel or None}
+        asked |= {"token_method": token_method, "token_keep_ratio": token_keep_ratio, "backend": None if backend == "auto" else backend}
+        refuse_for_pruned(asked, read)
+        loaded, processor = load_smaller(read, dtype=dtype, device=device)
+        return dressed(loaded, attn_implementation, adapter), processor
     loaded, processor = load_base(read, model=model, dtype=dtype, device=device, strict=strict, tensor_parallel=tensor_parallel)
     loaded = dressed(loaded, attn_implementation, adapter)
-    enable(loaded, read, backend=backend, fallback=fallback, keep_ratio=keep_ratio, kv_budget=kv_budget, graphs=graphs)
+    plan = {"keep_ratio": keep_ratio, "kv_budget": kv_budget, "token_method": token_method, "token_keep_ratio": token_keep_ratio}
+    enable(loaded, read, backend=backend, fallback=fallback, graphs=graphs, **plan)
     return loaded, processor
+
+
+def load_smaller(artifact: Artifact, *, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+    """The pruned model of an artifact of `--method rap`, and its processor.
+
+    Raises:
+        RotateKError: see `runtime.rap_load.load_pruned`; or its weights cannot be fetched.
+    """
+    from .rap_checkpoint import read_config
+    from .runtime.rap_load import load_pruned
+
+    directory = fetch_weights(artifact.remote) if artifact.remote is not None else artifact.path
+    assert directory is not None
+    checkpoint_files(directory)
+    config, place = read_config(directory), choose_device(device)
+    model = load_pruned(artifact, directory, choose_dtype(dtype, config, place), place, device == AUTO)
+    source = Source(name=str(directory), location=str(directory), revision=None, is_local=True)
+    return model, load_processor(source, directory, config)
+
+
+def refuse_for_pruned(options: Mapping[str, Any], artifact: Artifact) -> None:
+    """Refuse options that speak of another cache or other weights; those not given are None.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for name, value in options.items():
+        if value is not None:
+            where = f"{artifact.path} is a smaller checkpoint (RAP) with the stock cache"
+            raise UsageError(f"{name} {value} cannot be chosen: {where}; leave it out")
 
 
 def enabled(model: Any) -> Any:

@@ -19,6 +19,8 @@ Tensors of `rotatek.safetensors`, for each compressed layer i and token kind `vi
 An artifact compiled for a rival method (`Method.rival`) holds `knockout` alone. Format 1 had `key_rank` int32 [Hkv] (native Keys, raw
 Values) and `sensitivity` of ranks; it is read as what it says in the present format.
 
+An artifact of `--method rap` has a section `rap` in place of `rotatek`, and other tensors (rap_artifact.py).
+
 `encode` is stored in float16, not bf16: its condition reaches hundreds, and rounding it to 8 bits of mantissa moves its smallest
 singular values by their own size. `packing.py` checks what rounding does and says when float32 stays. In memory it is float32.
 """
@@ -53,6 +55,7 @@ from .names import ALLOCATIONS, SPANS
 from .output import CONFIG_FILE
 from .packing import compact
 from .plan import Plan, plan_of
+from .rap_artifact import RAP_FILE, RapSection, kept_channels, read_pairs, read_section
 from .untrusted import printable, read_json
 
 __all__ = [
@@ -86,6 +89,7 @@ class Artifact:
     libraries: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
     remote: HubArtifact | None = None  # where it was fetched from, for one named by a Hub id
+    rap: RapSection | None = None  # of a smaller checkpoint: then `method` is but its name, and the weights lie beside the artifact
 
     def plan(self) -> Plan:
         """What every KV head keeps of its Keys and Values, by layer; empty for a rival, which keeps none of ours."""
@@ -105,8 +109,20 @@ class Artifact:
     def bytes_per_token(self) -> float:
         """Bytes of one coded token over all compressed layers, native numbers at 2 bytes: codes and escape tokens, no per-image parts.
 
-        For a rival a share of an image of `IMAGE_TOKENS` tokens, with everything that must be kept of it.
+        For a rival a share of an image of `IMAGE_TOKENS` tokens, with everything that must be kept of it; for a pruned checkpoint Keys and
+        Values of any token, in all layers. Where image tokens are dropped, of one that was read: a share of a kept one, and of its index.
         """
+        method = self.method
+        if method.token_method is None:
+            return self._bytes_per_kept_token()
+        from .token_budget import index_share
+
+        index = index_share(self.geometry, method.token_method) * self.geometry.dense_bytes_per_token()
+        return method.token_keep_ratio * (self._bytes_per_kept_token() + index)
+
+    def _bytes_per_kept_token(self) -> float:
+        if self.rap is not None:
+            return 2.0 * sum(kept_channels(self.geometry, self.rap))
         if self.method.rival is not None:
             from .runtime.prepared import PreparedArtifact  # the runtime imports this module
 
@@ -135,21 +151,22 @@ def write_artifact(artifact: Artifact, directory: Path, card: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    tensor_file = TENSOR_FILE if artifact.rap is None else RAP_FILE
     try:
         stored = {name: compact(name, tensor).contiguous().cpu() for name, tensor in artifact.tensors.items()}
-        save_file(stored, directory / TENSOR_FILE, metadata={"format": "pt"})
+        save_file(stored, directory / tensor_file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    (directory / TENSOR_FILE).chmod(0o644)
+    (directory / tensor_file).chmod(0o644)
     config = {
         "format_version": FORMAT_VERSION,
         "tool": f"rotatek-compile {__version__}",
         "base_model": artifact.base_model,
         "geometry": artifact.geometry.to_json(),
-        "rotatek": asdict(artifact.method),
+        **({"rotatek": asdict(artifact.method)} if artifact.rap is None else {"rap": artifact.rap.to_json()}),
         "calibration": {k: printable(v) if isinstance(v, str) else v for k, v in artifact.calibration.items()},
         "libraries": artifact.libraries or library_versions(),
-        "files": {TENSOR_FILE: {"sha256": _sha256(directory / TENSOR_FILE)}},
+        "files": {tensor_file: {"sha256": _sha256(directory / tensor_file)}},
     }
     (directory / REPORT_FILE).write_text(json.dumps(artifact.report, indent=2) + "\n", encoding="utf-8")
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
@@ -173,6 +190,8 @@ def read_artifact(path: str | Path) -> Artifact:
     check_sections(config, where)
     check_base_model(config["base_model"], where)
     geometry = read_geometry(config.get("geometry"), where)
+    if "rap" in config:
+        return _read_rap(path, config, geometry, where)
     method = read_method(config.get("rotatek"), where, config["format_version"])
     if method.text_only != geometry.text_only and method.rival is None:
         ids = list(geometry.visual_token_ids)
@@ -180,6 +199,16 @@ def read_artifact(path: str | Path) -> Artifact:
     tensors = read_tensors(path, config["files"], geometry, method, config["format_version"])
     report = read_json(path, REPORT_FILE, MAX_REPORT) if os.path.lexists(path / REPORT_FILE) else {}
     return Artifact(geometry, method, tensors, config["base_model"], config["calibration"], report, config.get("libraries", {}), path)
+
+
+def _read_rap(path: Path, config: dict[str, Any], geometry: Geometry, where: str) -> Artifact:
+    if "rotatek" in config:
+        raise ArtifactError(f"{where} has both a section rap and a section rotatek, which this version cannot run; compile one method")
+    section = read_section(config["rap"], where, geometry)
+    tensors = read_pairs(path, config["files"], geometry, section)
+    report = read_json(path, REPORT_FILE, MAX_REPORT) if os.path.lexists(path / REPORT_FILE) else {}
+    about = (config["base_model"], config["calibration"], report, config.get("libraries", {}), path)
+    return Artifact(geometry, section.method(), tensors, *about, rap=section)
 
 
 def _sha256(file: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from .errors import ArtifactError
 from .geometry import Geometry
 from .kernels.slabs import UNIT, Slabs, check_slabs
-from .names import ALLOCATIONS, BASES, BITS, SPANS
+from .names import ALLOCATIONS, BASES, BITS, RAP, SPANS, TOKEN_METHODS
 from .untrusted import shown
 
 FORMAT_VERSION = 2
@@ -27,7 +27,7 @@ MAX_TOKENS = 1 << 30
 MAX_LIST = 64  # sensitivity levels, token ids
 MAX_TEXT = 500  # characters of an id, a path or a name
 
-KNOWN = {"format_version", "tool", "base_model", "geometry", "rotatek", "calibration", "libraries", "files"}
+KNOWN = {"format_version", "tool", "base_model", "geometry", "rotatek", "rap", "calibration", "libraries", "files"}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
@@ -51,6 +51,9 @@ class Method:
     levels: tuple[Slabs, ...] = ()  # at which sensitivities were measured, the same for Keys and Values
     rival: str | None = None  # another method than ours, by its name in runtime/rivals/registry.py
     kv_budget: float | None = None  # share of the dense bytes, where it was set by bytes and not by keep_ratio
+    token_keep_ratio: float = 1.0  # share of each image's tokens that stay in the cache; kv_budget is a share of the bytes of these alone
+    token_method: str | None = None  # the score that chooses them (runtime/token_selection.py); None where all stay
+    token_budget: float | None = None  # share of the dense bytes of all tokens that were read, where the budget was set so
     max_kl: float | None = None  # nats per answer token that the budget was chosen for
     text_only: bool = False  # the model reads no images, so only text is coded
 
@@ -64,8 +67,16 @@ class Method:
     @property
     def words(self) -> str:
         """Method and setting for people."""
+        if self.token_method is None:
+            return self._coded_words()
+        whole = f" (KV budget {self.token_budget:.4g} of all tokens)" if self.token_budget is not None else ""
+        return f"{self.token_keep_ratio:.4g} of the image tokens by {self.token_method}{whole}, of these: {self._coded_words()}"
+
+    def _coded_words(self) -> str:
         if self.rival is None:
             return self._own_words()
+        if self.rival == RAP:
+            return f"RAP, keep ratio {self.keep_ratio:g}"
         if self.kv_budget is not None:
             return f"rival method {self.rival}, KV budget {self.kv_budget}"
         return f"rival method {self.rival}" + (f", keep ratio {self.keep_ratio}" if self.keep_ratio < 1 else "")
@@ -207,6 +218,9 @@ def read_method(data: Any, where: str, version: int = FORMAT_VERSION) -> Method:
         "escape_ratio": _number(method.escape_ratio) and 0 <= method.escape_ratio <= 0.25,
         "rival": method.rival is None or (isinstance(method.rival, str) and len(method.rival) <= MAX_TEXT),
         "text_only": method.text_only is False or (method.text_only is True and method.span == "all" and method.rival is None),
+        "token_method": method.token_method is None or method.token_method in TOKEN_METHODS,
+        "token_keep_ratio": _number(method.token_keep_ratio) and 0 < method.token_keep_ratio <= 1 and _selects(method),
+        "token_budget": method.token_budget is None or (_number(method.token_budget) and 0 < method.token_budget <= 1),
         "kv_budget": method.kv_budget is None or (_number(method.kv_budget) and 0 < method.kv_budget <= 1),
         "max_kl": method.max_kl is None or (_number(method.max_kl) and 0 <= method.max_kl <= 1e9),
     }
@@ -214,6 +228,11 @@ def read_method(data: Any, where: str, version: int = FORMAT_VERSION) -> Method:
         if not good:
             raise ArtifactError(f"{where}: {name} is {shown(getattr(method, name))}, which this version cannot run; {AGAIN}")
     return method
+
+
+def _selects(method: Method) -> bool:
+    """Whether ratio and method of the token selection fit each other: both or none, and images alone are coded."""
+    return (method.token_method is not None and method.span == "visual") if method.token_keep_ratio < 1 else method.token_method is None
 
 
 def _warn_unknown(keys: set[str], where: str) -> None:

@@ -105,7 +105,7 @@ def read_tensors(
     if most > MAX_BYTES:
         raise ArtifactError(f"{directory}: the geometry calls for {most} bytes of tensors, at most {MAX_BYTES} are read; {AGAIN}")
     data = read_file(directory, TENSOR_FILE, 2 * most + MAX_HEADER)
-    header = _header(file, data)
+    header = header_of(file, data)
     _check_sum(file, data, files)
     optional = tuple(part for part in OPTIONAL if any(name.endswith(part) and name in everything for name in header))
     if method.rival is not None:
@@ -114,7 +114,7 @@ def read_tensors(
         raise ArtifactError(f"{file}: usual_deviation is {method.usual_deviation:g}, but no tensor holds the angles it is of; {AGAIN}")
     expected = expected_tensors(geometry, method, optional, version)
     _check_header(file, header, expected)
-    tensors = _load(file, data)
+    tensors = load_checked(file, data)
     for name in expected:
         _check_numbers(file, name, tensors[name])
     found = {name: tensors[name].float() if expected[name].dtype == "float16" else tensors[name] for name in expected}
@@ -140,7 +140,7 @@ def _present(found: dict[str, Tensor], layer: int, dim: int) -> dict[str, Tensor
     return {f"layers.{layer}.{side}_plan": plan for side, plan in zip(SIDES, plans, strict=True)} | {f"layers.{layer}.key_sensitivity": kl}
 
 
-def _header(file: Path, data: bytes) -> dict[str, Any]:
+def header_of(file: Path, data: bytes) -> dict[str, Any]:
     """The header of a safetensors file: 8 bytes little-endian length, then JSON by tensor name."""
     damaged = f"{file} is damaged or truncated"
     length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else -1
@@ -182,7 +182,7 @@ def _check_header(file: Path, header: dict[str, Any], expected: dict[str, Expect
         warnings.warn(f"{file}: ignoring unknown tensors {few}{more}", stacklevel=4)
 
 
-def _load(file: Path, data: bytes) -> dict[str, Tensor]:
+def load_checked(file: Path, data: bytes) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 

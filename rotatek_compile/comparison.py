@@ -51,7 +51,7 @@ class Against:
 
 
 def against_rivals(one: Measured, every: Sequence[Measured]) -> Against | None:
-    """The best rivals at the budget that `one` was asked for, in the same mode.
+    """The best rivals at the budget that `one` was asked for, in the same mode and on the same axis.
 
     A setting of a rival is within the budget if it was promised to be, or takes no more of these documents than the budget or than `one`
     does (short images cost every method more). Picking the best on the documents that are compared favours rivals.
@@ -62,7 +62,7 @@ def against_rivals(one: Measured, every: Sequence[Measured]) -> Against | None:
     if not one.entry.ours or one.entry.requested_budget is None:
         return None
     allowed = max(one.entry.requested_budget, span_share(one.row)) + SLACK
-    rivals = [m for m in every if m.ask == one.ask and not m.entry.ours and m.entry.method != DENSE]
+    rivals = [m for m in every if m.ask == one.ask and m.entry.axis == one.entry.axis and not m.entry.ours and m.entry.method != DENSE]
     within, above = [], []
     for name in dict.fromkeys(m.entry.method for m in rivals):
         own = [m for m in rivals if m.entry.method == name]
@@ -75,10 +75,10 @@ def against_rivals(one: Measured, every: Sequence[Measured]) -> Against | None:
 def _best(one: Measured, rivals: Sequence[Measured]) -> Comparison | None:
     if not rivals:
         return None
-    best = min(rivals, key=lambda m: m.row.kl)
+    best = min(rivals, key=lambda m: m.row.kl_per_token)
     ratio, interval = kl_ratio(one.row, best.row)
     numbers = [x if math.isfinite(x) else None for x in (ratio, *interval)]
-    return Comparison(best.entry.label, span_share(best.row), best.row.kl / max(best.row.answer_tokens, 1), *numbers)
+    return Comparison(best.entry.name, span_share(best.row), best.row.kl_per_token, *numbers)
 
 
 def span_share(row: Row) -> float:

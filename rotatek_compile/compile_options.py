@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .names import ALLOCATIONS, BASES, BITS, METHODS, OURS, SPANS, refuse_unknown
+from .names import ALLOCATIONS, BASES, BITS, COMPILE_METHODS, OURS, RAP, RAP_BUDGETS, RAP_SCORES, SPANS, check_selection, refuse_unknown
 
 if TYPE_CHECKING:
     from .artifact_config import Method
 
 MOST_ESCAPES = 0.25  # an artifact with more is refused
 KEEP_RATIO = 0.25  # our own method's, where no budget is given
+RAP_KEEP_RATIO = 0.7  # of `--method rap`
 SENSITIVITY_SAMPLES = 36  # four of each skill of `mixed`: a head that none of them needs would look worthless
 
 
@@ -28,7 +29,7 @@ class CompileOptions:
     model: str
     calib: str
     output: Path
-    method: str = OURS  # or a rival's name (runtime/rivals/registry.py)
+    method: str = OURS  # or a rival's name (runtime/rivals/registry.py), or RAP
     keep_ratio: float | None = None  # KEEP_RATIO for our own method without another budget
     kv_budget: float | None = None  # fraction of the dense bytes of Keys and Values
     max_kl: float | None = None  # nats per answer token
@@ -40,6 +41,8 @@ class CompileOptions:
     allocation: str = "allocated"
     span: str = "visual"
     window: int = 128
+    token_keep_ratio: float | None = None  # share of each image's tokens that stay in the cache; all without it
+    token_method: str | None = None  # the score that chooses them
     num_samples: int = 64
     sensitivity_samples: int | None = None  # documents on which cuts are measured; SENSITIVITY_SAMPLES, or num_samples if that is fewer
     batch_size: int = 4
@@ -53,11 +56,24 @@ class CompileOptions:
     overwrite: bool = False
     with_weights: bool = False
     quiet: bool = False
+    # of --method rap alone (compile_rap.py)
+    rap_score: str | None = None  # how pairs are ranked; logit
+    rap_budget: str | None = None  # how layers share what is kept; sensitivity
+    repair: bool = True  # refit what is kept in closed form
+    recover: int | None = None  # steps of distillation afterwards
 
     def __post_init__(self) -> None:
-        refuse_unknown("method", self.method, METHODS)
+        if self.method == f"{RAP}+{OURS}":
+            raise UsageError(
+                f"--method {self.method} is not there yet: the coded cache wants Keys and Values of one width; choose {RAP} or {OURS}"
+            )
+        refuse_unknown("method", self.method, COMPILE_METHODS)
+        if self.method != RAP:
+            self._refuse_rap_options()
         if self.method == OURS:
             self._check_budget()
+        elif self.method == RAP:
+            self._check_rap()
         else:
             for name in ("max_kl", "key_bits", "value_bits", "escape_ratio", "prior_tokens"):
                 if getattr(self, name) is not None:
@@ -68,6 +84,7 @@ class CompileOptions:
             for name, default in (("span", "visual"), ("basis", "two-sided"), ("allocation", "allocated")):
                 if (seen := getattr(self, name)) != default:
                     raise UsageError(f"--{name} {seen} comes with --method {OURS}; rivals code images, in their own way: leave it out")
+        self._check_selection()
         if self.kv_budget is not None and not 0 < self.kv_budget <= 1:
             raise UsageError(f"--kv-budget {self.kv_budget} is out of range; it is a fraction of the dense bytes, above 0 and up to 1")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
@@ -89,6 +106,45 @@ class CompileOptions:
             )
         for name, allowed in (("basis", BASES), ("allocation", ALLOCATIONS), ("span", SPANS)):
             refuse_unknown(name, getattr(self, name), allowed)
+
+    def _refuse_rap_options(self) -> None:
+        for name, said in (("rap_score", self.rap_score), ("rap_budget", self.rap_budget), ("recover", self.recover)):
+            if said is not None:
+                raise UsageError(f"--{name.replace('_', '-')} {said} comes with --method {RAP}; leave it out")
+        if not self.repair:
+            raise UsageError(f"--no-repair comes with --method {RAP}; leave it out")
+
+    def _check_rap(self) -> None:
+        """What goes with a smaller checkpoint: a keep ratio, and nothing that speaks of a coded cache."""
+        for name in ("kv_budget", "max_kl", "key_bits", "value_bits", "escape_ratio", "prior_tokens"):
+            if (seen := getattr(self, name)) is not None:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} {seen} speaks of a coded cache, --method {RAP} has none: leave it out, or use --keep-ratio")
+        for name, default in (("span", "visual"), ("basis", "two-sided"), ("allocation", "allocated"), ("window", 128)):
+            if (seen := getattr(self, name)) != default:
+                raise UsageError(f"--{name} {seen} speaks of a coded cache, --method {RAP} has none: leave it out")
+        if self.with_weights:
+            raise UsageError(f"--with-weights puts the base model's weights beside an artifact; --method {RAP} writes weights of its own")
+        for name, default, known in (("rap_score", RAP_SCORES[0], RAP_SCORES), ("rap_budget", RAP_BUDGETS[0], RAP_BUDGETS)):
+            chosen = default if getattr(self, name) is None else getattr(self, name)
+            refuse_unknown(name.replace("_", "-"), chosen, known)
+            object.__setattr__(self, name, chosen)
+        if self.recover is not None and self.recover < 1:
+            raise UsageError(f"--recover {self.recover} is out of range; it must be at least 1 step")
+        if self.keep_ratio is None:
+            object.__setattr__(self, "keep_ratio", RAP_KEEP_RATIO)
+
+    def _check_selection(self) -> None:
+        """Fewer image tokens go with images alone, and with budgets that do not measure."""
+        check_selection(self.token_method, self.token_keep_ratio)
+        if self.token_method is None:
+            return
+        if self.method == RAP:
+            raise UsageError(f"--token-method {self.token_method} chooses what a cache keeps, --method {RAP} writes weights: leave it out")
+        if self.span != "visual":
+            raise UsageError(f"--token-method {self.token_method} comes with --span visual: --span {self.span} codes text at the same plan")
+        if self.max_kl is not None:
+            raise UsageError("--max-kl measures what codes cost, not what dropped tokens do; with --token-method give --kv-budget")
 
     def _check_budget(self) -> None:
         """One of the three budgets, and the bits that go with it."""
@@ -124,7 +180,7 @@ class CompileOptions:
 
         assert self.key_bits is not None and self.value_bits is not None
         prior = self.prior_tokens if self.prior_tokens is not None else 0 if self.chooses_coding else Method().prior_tokens
-        return Method(
+        method = Method(
             basis=self.basis,
             span=self.span,
             window=self.window,
@@ -137,3 +193,12 @@ class CompileOptions:
             escape_ratio=self.escape_ratio or 0.0,
             prior_tokens=prior,
         )
+        return self.selected(method)
+
+    def selected(self, method: Method) -> Method:
+        """A method on the image tokens that these options keep; its KV budget is still that of all tokens (token_budget.with_total)."""
+        if self.token_method is None or self.token_keep_ratio is None:
+            return method
+        from .token_budget import with_selection
+
+        return with_selection(method, self.token_method, self.token_keep_ratio)

@@ -14,6 +14,7 @@ from .batches import Encoded
 from .cutter import Cutter
 from .geometry import Geometry
 from .knockout import diagnosis, measure_knockouts
+from .token_budget import kept_tokens, with_total
 
 if TYPE_CHECKING:
     from .compile_options import CompileOptions
@@ -25,12 +26,16 @@ def rival_artifact(options: CompileOptions, geometry: Geometry, knockouts: dict[
     Raises:
         UsageError: a budget or keep ratio that the rival registry refuses.
     """
-    from .runtime.rivals.registry import make_coder
+    from .runtime.rivals.registry import PROMISED_FROM, make_coder
 
     heads = knockouts or {i: torch.zeros(geometry.layers[i].kv_heads) for i in geometry.compressible}
-    make_coder(options.method, geometry, kv_budget=options.kv_budget, keep_ratio=options.keep_ratio, state={"knockout": heads})
     ratio = 1.0 if options.keep_ratio is None else options.keep_ratio
-    method = Method(window=options.window, keep_ratio=ratio, rival=options.method, kv_budget=options.kv_budget)
+    method = options.selected(Method(window=options.window, keep_ratio=ratio, rival=options.method))
+    if options.kv_budget is not None:
+        method = with_total(method, geometry, options.kv_budget)
+    fewest = kept_tokens(PROMISED_FROM, method.token_keep_ratio)
+    asked = {"kv_budget": method.kv_budget, "keep_ratio": options.keep_ratio}
+    make_coder(options.method, geometry, **asked, state={"knockout": heads}, tokens=fewest)
     return Artifact(geometry, method, {f"layers.{i}.knockout": t for i, t in heads.items()}, {}, {})
 
 

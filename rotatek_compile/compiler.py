@@ -41,13 +41,14 @@ from .models import (
     resolve,
 )
 from .moments import Moments
-from .names import OURS
+from .names import OURS, RAP
 from .output import atomic_directory, refuse_existing
 from .parallel import Processes, local_device, processes
 from .placement import AUTO
 from .plan import SIDES, Plan, plan_tensors
 from .planning import Costs, refuse_too_small, uniform_of
 from .sensitivity import NOTHING, JointCheck, Sensitivities, levels_for, measure
+from .token_budget import kept_tokens, with_total
 from .usual import FACTOR, UsualSegments
 from .weights import check_include, include_weights
 
@@ -81,11 +82,15 @@ class CompilePlan:
         if method.kv_budget is not None:
             return dense, method.kv_budget * dense
         plan = uniform_of(self.geometry, method)
-        return dense, float(sum(head.bytes_per_token for heads in plan.values() for head in heads))
+        return dense, method.token_keep_ratio * sum(head.bytes_per_token for heads in plan.values() for head in heads)
 
 
 def prepare(options: CompileOptions) -> CompilePlan:
     """Check everything that can be checked without weights: names, geometry, the output directory, the data's columns."""
+    if options.method == RAP:
+        from .compile_rap import prepare_rap
+
+        return prepare_rap(options)
     source = resolve(options.model, options.revision, options.trust_remote_code)
     refuse_existing(options.output, options.overwrite)
     config = load_config(source)
@@ -98,6 +103,7 @@ def prepare(options: CompileOptions) -> CompilePlan:
     _check_span(options, geometry)
     if options.method == OURS and options.kv_budget is not None:
         refuse_too_small(geometry, options.kv_budget, options.escape_ratio or 0.0)
+        with_total(options.own_method(), geometry, options.kv_budget)
     data = open_data(options.calib, "calibration", options.seed, options.calib_revision, images=not geometry.text_only)
     device = choose_device(options.device)
     return CompilePlan(source, config, geometry, data, device, choose_dtype(options.dtype, config, device), rival)
@@ -120,6 +126,10 @@ def compile_artifact(options: CompileOptions) -> dict[str, Any]:
     Raises:
         RotateKError, DataError: anything the user can act on; nothing half-written is left.
     """
+    if options.method == RAP:
+        from .compile_rap import compile_rap
+
+        return compile_rap(options)
     with processes() as together:
         if together.size > 1:
             if options.method != OURS:
@@ -208,6 +218,8 @@ def compile_ours(
     moments = calibrate_together(model, used, geometry, key, options.batch_size, options.resume, pad_id, options.quiet, together)
     levels = levels_for(max(geometry.layers[i].head_dim for i in geometry.compressible))
     method = replace(options.own_method(), levels=levels, text_only=geometry.text_only)
+    if method.kv_budget is not None:
+        method = with_total(method, geometry, method.kv_budget)
     if lack := moments.missing(geometry, method.kinds):
         wanted = "longer questions" if geometry.text_only else "images and questions after them"
         raise RotateKError(f"the calibration data cannot be used: {lack}; pass documents with {wanted}")
@@ -230,7 +242,7 @@ def compile_ours(
     if limits:
         method = replace(method, fallback_factor=FACTOR, usual_deviation=deviation)
     if (length := usual.image_tokens(together)) is not None:
-        method = replace(method, image_tokens=length)
+        method = replace(method, image_tokens=kept_tokens(length, method.token_keep_ratio))
     spectra = {side: {i: basis.spectrum for i, basis in main[side].items()} for side in SIDES}
     costs = Costs.of(geometry, method.levels, {"key": measured.key, "value": measured.value}, spectra)
     decided, method, checks = plan_from(geometry, costs, JointCheck(cutter, docs, together), method)

@@ -20,9 +20,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from .batches import Chunk, Encoded, join, merge_media, pad, positions, refuse_gaps
 from .outcomes import Outcome, Row, shares
 from .placement import input_device
-from .runtime.accounting import CacheBytes, cache_bytes
+from .runtime.accounting import CacheBytes
 from .runtime.cache import RotateKCache
 from .runtime.enable import active
+from .runtime.rap_load import bytes_of
 from .runtime.recording import Recording, fill, record, stock_cache
 from .scores import anls, exact_match, score
 
@@ -119,7 +120,7 @@ class Evaluator:
         generated = self._greedy(items, rest, prefix, cache, first)
         lengths = zip(prefix.mask.sum(1).tolist(), rest, generated, strict=True)
         tokens = [n + len(r) + max(len(g) - 1, 0) for n, r, g in lengths]  # the last token is never fed back
-        return Answered(logprobs, generated, cache_bytes(cache, sum(tokens)), tokens)
+        return Answered(logprobs, generated, bytes_of(self.model, cache, sum(tokens)), tokens)
 
     def _forced(self, prefilled: Prefilled, cache: Cache) -> list[Tensor]:
         """Log-probabilities of every reference answer, its end included; the cache takes the question and the answers."""

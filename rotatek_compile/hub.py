@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .artifact import Artifact
 
 PICTURE_FILE = "heads.png"  # of the model card
-OWN_FILES = (CONFIG_FILE, "rotatek.safetensors", "report.json", "README.md", PICTURE_FILE)
+OWN_FILES = (CONFIG_FILE, "rotatek.safetensors", "rap.safetensors", "report.json", "README.md", PICTURE_FILE)
 PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",

@@ -174,6 +174,7 @@ def push_artifact(directory: Path, target: Target, *, with_weights: bool = False
 
     quiet_unless_terminal(quiet)
     artifact = read_artifact(Path(directory))
+    with_weights = with_weights or artifact.rap is not None  # a smaller checkpoint is its weights
     contents = collect(artifact, target, with_weights)
     sizes = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in contents.items()}
     url = f"{constants.ENDPOINT}/{target.repo}"
@@ -240,7 +241,7 @@ def collect(artifact: Artifact, target: Target, with_weights: bool) -> dict[str,
     contents[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
     if CARD_FILE in contents:
         card = (directory / CARD_FILE).read_text(encoding="utf-8")
-        contents[CARD_FILE] = card_for_hub(card, target.repo, bool(weights)).encode()
+        contents[CARD_FILE] = card_for_hub(card, target.repo, bool(weights) and artifact.rap is None).encode()
     if target.foreign:
         contents = {name: what for name, what in contents.items() if name not in target.files}
     for name, what in contents.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from . import rap_inspection
 from .artifact import IMAGE_TOKENS, Artifact
 from .cost_curves import plan_bytes
 from .errors import RotateKError
@@ -17,6 +18,8 @@ BIT_KEYS = {"Keys": "key_bits", "Values": "value_bits"}  # of `sizes`
 
 def summary(artifact: Artifact) -> dict[str, Any]:
     """Everything `rotatek-inspect --json` prints; `plan` has native, 8-bit and 4-bit directions, `ranks` the Key directions in all."""
+    if artifact.rap is not None:
+        return rap_inspection.summary(artifact)
     return {
         "artifact": str(artifact.path),
         "base_model": artifact.base_model,
@@ -39,6 +42,8 @@ def knockout_summary(artifact: Artifact) -> dict[str, Any] | None:
 
 def describe(artifact: Artifact) -> str:
     """Header, one line per layer and head (what is kept at which precision, energy kept), what cuts cost, and the map of knock-outs."""
+    if artifact.rap is not None:
+        return rap_inspection.describe(artifact)
     return "\n".join([*_header(artifact), *_heads(artifact), *_cuts(artifact), *_knockout_map(artifact)])
 
 
@@ -144,6 +149,8 @@ def compare(first: Artifact, second: Artifact) -> str:
     Raises:
         RotateKError: different geometries.
     """
+    if first.rap is not None or second.rap is not None:
+        return rap_inspection.compare(first, second)
     if reason := first.geometry.difference(second.geometry):
         raise RotateKError(f"the artifacts are of different models: {reason}; --html FILE shows them side by side")
     lines = []

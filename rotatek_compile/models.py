@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -217,18 +220,21 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device, spread:
     return (model if placed else model.to(device)).eval()
 
 
-def load_processor(source: Source, directory: Path | None = None) -> Any:
+def load_processor(source: Source, directory: Path | None = None, config: Any = None) -> Any:
     """The processor, from `directory` (an artifact that carries its files) or from the source.
 
     Where torchvision is missing, a processor that also takes videos is loaded for images and text alone; a text-only model has a
     tokenizer, which is given the calls of a processor (both: processors.py).
+
+    Args:
+        config: of the model; read from the source unless given (a pruned checkpoint's is not transformers').
 
     Raises:
         RotateKError: it cannot be read, or a model that reads images has no image processor or chat template.
     """
     location: str | Path = source.location
     arguments = source.arguments
-    no_images = text_only(load_config(source))
+    no_images = text_only(load_config(source) if config is None else config)
     files = ("tokenizer_config.json",) if no_images else ("processor_config.json", "preprocessor_config.json")
     if directory is not None and any((directory / name).is_file() for name in files):
         check_carried_files(directory)
@@ -239,8 +245,10 @@ def load_processor(source: Source, directory: Path | None = None) -> Any:
 
             from .processors import TextProcessor
 
-            return TextProcessor(AutoTokenizer.from_pretrained(location, **arguments))
-        processor = _stock_processor(location, arguments)
+            with _no_word_on_types():
+                return TextProcessor(AutoTokenizer.from_pretrained(location, **arguments))
+        with _no_word_on_types():
+            processor = _stock_processor(location, arguments)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise RotateKError(f"could not load the processor of {source.name}: {_first_line(error)}") from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
@@ -248,6 +256,18 @@ def load_processor(source: Source, directory: Path | None = None) -> Any:
     if not getattr(processor, "chat_template", None):
         raise RotateKError(f"the processor of {source.name} has no chat template; add chat_template.jinja to the checkpoint")
     return processor
+
+
+@contextmanager
+def _no_word_on_types() -> Iterator[None]:
+    """transformers looks into config.json for the tokenizer's class, and warns of the model type of a pruned checkpoint, not its own."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _stock_processor(location: str | Path, arguments: dict[str, Any]) -> Any:

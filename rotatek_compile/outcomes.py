@@ -59,14 +59,16 @@ def shares(whole: CacheBytes, tokens: Sequence[int]) -> list[dict[str, float]]:
 
 @dataclass(slots=True)
 class Row:
-    """One method over documents, in one order for all methods."""
+    """One method over documents, in one order for all methods; with several calibrations all documents of the first, then of the next."""
 
     method: str
     outcomes: list[Outcome] = field(default_factory=list)
+    calibrations: int = 1
 
     @property
     def samples(self) -> int:
-        return len(self.outcomes)
+        """Documents."""
+        return len(self.outcomes) // self.calibrations
 
     @property
     def texts(self) -> list[str]:
@@ -82,24 +84,43 @@ class Row:
         return sum(o.answer_tokens for o in self.outcomes)
 
     @property
+    def kl_per_token(self) -> float:
+        """Nats per answer token."""
+        return self.kl / max(self.answer_tokens, 1)
+
+    @property
     def skills(self) -> list[str]:
         """Skills that the documents name, sorted; empty if they name none."""
         return sorted({o.skill for o in self.outcomes} - {""})
 
     def of_skill(self, skill: str) -> Row:
         """The same method on the documents of one skill."""
-        return Row(self.method, [o for o in self.outcomes if o.skill == skill])
+        return Row(self.method, [o for o in self.outcomes if o.skill == skill], self.calibrations)
+
+    def repeated(self, calibrations: int) -> Row:
+        """The same outcomes once for each of so many calibrations, to stand beside a row that has them.
+
+        Raises:
+            ValueError: it has several itself, of another number.
+        """
+        if self.calibrations not in (1, calibrations):
+            raise ValueError(f"rows of {self.calibrations} and of {calibrations} calibrations cannot be compared")
+        return self if self.calibrations == calibrations else Row(self.method, self.outcomes * calibrations, calibrations)
+
+    def bootstrap(self) -> Bootstrap:
+        """Draws for its outcomes."""
+        return Bootstrap(self.samples, calibrations=self.calibrations)
 
     def accuracy(self) -> dict[str, Any]:
         """Scores with 95 % intervals over documents: the data set's own metric, exact match, ANLS, and KL in nats per answer token."""
         outcomes = self.outcomes
         if not outcomes:
             return {"samples": 0, "metric": "exact_match", "score": 0.0, "exact_match": 0.0, "anls": 0.0, "kl": 0.0}
-        draws, tokens = Bootstrap(len(outcomes)), [o.answer_tokens for o in outcomes]
+        draws, tokens = self.bootstrap(), [o.answer_tokens for o in outcomes]
         exact, similar, kl = [o.exact for o in outcomes], [o.anls for o in outcomes], [o.kl for o in outcomes]
         own = [o.score for o in outcomes]
         return {
-            "samples": len(outcomes),
+            "samples": self.samples,
             "metric": outcomes[0].metric,
             "score": sum(own) / len(outcomes),
             "score_interval": list(draws.interval(own)),
@@ -107,13 +128,13 @@ class Row:
             "exact_match_interval": list(draws.interval(exact)),
             "anls": sum(similar) / len(outcomes),
             "anls_interval": list(draws.interval(similar)),
-            "kl": sum(kl) / max(sum(tokens), 1),
+            "kl": self.kl_per_token,
             "kl_interval": list(draws.interval(kl, tokens)),
         }
 
     def sizes(self) -> dict[str, float]:
         """Mean bytes per document at the end of generation, and how many heads fell back in all."""
-        n = max(self.samples, 1)
+        n = max(len(self.outcomes), 1)
         found: dict[str, float] = {key: sum(o.bytes[name] for o in self.outcomes) / n for key, name in BYTE_KEYS.items()}
         return found | {"fallback_heads": round(sum(o.bytes["fallback_heads"] for o in self.outcomes))}
 
@@ -123,15 +144,26 @@ class Row:
         return {"method": self.method} | self.accuracy() | self.sizes() | {"skills": skills}
 
 
+def pooled(rows: Sequence[Row]) -> Row:
+    """One method calibrated several times, on the same documents.
+
+    Raises:
+        ValueError: the rows hold different documents.
+    """
+    for row in rows[1:]:
+        _require_same(rows[0], row)
+    return Row(rows[0].method, [o for row in rows for o in row.outcomes], len(rows))
+
+
 def exact_match_loss(reference: Row, row: Row) -> tuple[float, tuple[float, float]]:
     """Exact match that a method loses against another on the same documents, with the paired interval.
 
     Raises:
         ValueError: the rows hold different documents.
     """
-    _require_same(reference, row)
+    reference, row = _beside(reference, row)
     first, second = ([o.exact for o in r.outcomes] for r in (reference, row))
-    return (sum(first) - sum(second)) / max(len(first), 1), Bootstrap(len(first)).difference(first, second)
+    return (sum(first) - sum(second)) / max(len(first), 1), row.bootstrap().difference(first, second)
 
 
 def kl_ratio(row: Row, other: Row) -> tuple[float, tuple[float, float]]:
@@ -140,10 +172,18 @@ def kl_ratio(row: Row, other: Row) -> tuple[float, tuple[float, float]]:
     Raises:
         ValueError: the rows hold different documents.
     """
-    _require_same(row, other)
+    row, other = _beside(row, other)
     above, below = row.kl, other.kl
     ratio = above / below if below > 0 else math.inf if above > 0 else math.nan
-    return ratio, Bootstrap(row.samples).ratio([o.kl for o in row.outcomes], [o.kl for o in other.outcomes])
+    return ratio, row.bootstrap().ratio([o.kl for o in row.outcomes], [o.kl for o in other.outcomes])
+
+
+def _beside(first: Row, second: Row) -> tuple[Row, Row]:
+    """Both with as many calibrations: what does not depend on calibration is the same in all of them."""
+    most = max(first.calibrations, second.calibrations)
+    first, second = first.repeated(most), second.repeated(most)
+    _require_same(first, second)
+    return first, second
 
 
 def _require_same(first: Row, second: Row) -> None:

@@ -10,6 +10,7 @@ from .errors import UsageError
 from .names import check_fraction
 from .plan import SIDES, Plan, plan_tensors
 from .planning import Costs, searches_for, spectra_of, stated, uniform_of
+from .token_budget import with_total
 
 MOST_ESCAPED = 0.5  # of a budget that the escape tokens of another one may take
 VALUE_SHARE = 0.5  # of the dense bytes, for Values that are stored as they are
@@ -39,6 +40,9 @@ def replanned(artifact: Artifact, keep_ratio: float | None = None, kv_budget: fl
     method, geometry = artifact.method, artifact.geometry
     if method.rival is not None:
         return _rival(artifact, keep_ratio, kv_budget)
+    of_all = with_total(method, geometry, kv_budget) if kv_budget is not None else None  # of fewer tokens, more of each
+    method = replace(method, token_budget=of_all.token_budget if of_all else None)
+    kv_budget = of_all.kv_budget if of_all else None
     if kv_budget is not None and not (method.levels and artifact.sensitivity("value")):
         if kv_budget <= VALUE_SHARE:
             raise UsageError(
@@ -97,6 +101,7 @@ def _rival(artifact: Artifact, keep_ratio: float | None, kv_budget: float | None
     if keep_ratio is not None and name in RIVALS and "keep_ratio" not in RIVALS[name].settings:
         raise UsageError(f"method {name} has no keep ratio; use --kv-budget")
     ratio = artifact.method.keep_ratio if keep_ratio is None else keep_ratio
-    changed = replace(artifact, method=replace(artifact.method, keep_ratio=ratio, kv_budget=kv_budget))
+    method = replace(artifact.method, keep_ratio=ratio, kv_budget=None, token_budget=None)
+    changed = replace(artifact, method=method if kv_budget is None else with_total(method, artifact.geometry, kv_budget))
     PreparedArtifact(changed).coder  # noqa: B018 - raises where the setting cannot be met
     return changed

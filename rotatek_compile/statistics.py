@@ -3,6 +3,10 @@
 A quantity is a ratio of sums over documents: exact match is Σ exact / Σ 1, KL per answer token is Σ kl / Σ tokens. Every resample
 draws whole documents with replacement, so tokens of one answer are never taken for independent. Two methods that answered the same
 documents are compared on the same draws, which removes what the documents have in common.
+
+With several calibrations every document was answered once for each: calibrations are drawn with replacement too, independently of the
+documents, and a draw is the mean over both (crossed random effects: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007).
+Three calibrations say little about calibrations in general; the interval says so by being wide where they differ.
 """
 
 from __future__ import annotations
@@ -20,15 +24,18 @@ class Bootstrap:
     """Draws of documents, the same for everything that is asked of one object.
 
     Args:
-        documents: how many there are, at least 1; all arrays below have this length, in one order.
+        documents: how many there are, at least 1; all arrays below hold them in one order, once for each calibration.
         seed: of the draws; equal seeds give equal intervals.
         resamples: number of draws.
+        calibrations: how often each document was answered.
     """
 
-    def __init__(self, documents: int, seed: int = 0, resamples: int = RESAMPLES) -> None:
-        if documents < 1:
-            raise ValueError("a bootstrap needs at least one document")
-        self.draws = np.random.default_rng(seed).integers(documents, size=(resamples, documents))  # [R, N]
+    def __init__(self, documents: int, seed: int = 0, resamples: int = RESAMPLES, calibrations: int = 1) -> None:
+        if documents < 1 or calibrations < 1:
+            raise ValueError("a bootstrap needs at least one document and one calibration")
+        generator = np.random.default_rng(seed)
+        self.draws = generator.integers(documents, size=(resamples, documents))  # [R, N]
+        self.calibrations = generator.integers(calibrations, size=(resamples, calibrations))  # [R, C]
 
     def interval(self, values: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
         """Interval of Σ values / Σ weights; weights are 1 by default."""
@@ -51,13 +58,15 @@ class Bootstrap:
             return _percentiles(above[said] / below[said])
 
     def _estimates(self, values: Sequence[float], weights: Sequence[float] | None) -> np.ndarray:
-        return self._sums(values) / (self.draws.shape[1] if weights is None else self._sums(weights))
+        count = self.draws.shape[1] * self.calibrations.shape[1]
+        return self._sums(values) / (count if weights is None else self._sums(weights))
 
     def _sums(self, values: Sequence[float]) -> np.ndarray:
-        array = np.asarray(values, dtype=np.float64)
-        if array.shape != (self.draws.shape[1],):
-            raise ValueError(f"{array.shape} values for {self.draws.shape[1]} documents")
-        return array[self.draws].sum(1)
+        array, (calibrations, documents) = np.asarray(values, dtype=np.float64), (self.calibrations.shape[1], self.draws.shape[1])
+        if array.shape != (calibrations * documents,):
+            raise ValueError(f"{array.shape} values for {documents} documents and {calibrations} calibrations")
+        drawn = np.stack([own[self.draws].sum(1) for own in array.reshape(calibrations, documents)], 1)  # [R, C]
+        return np.take_along_axis(drawn, self.calibrations, 1).sum(1)
 
 
 def _percentiles(estimates: np.ndarray) -> Interval:

@@ -28,7 +28,7 @@ from .evaluate import Evaluator, evaluate
 from .journal import Journal
 from .methods import Entry
 from .models import Source, fingerprint
-from .outcomes import Outcome, Row, exact_match_loss
+from .outcomes import Outcome, Row, exact_match_loss, pooled
 
 RESULTS = "results.csv"
 QUICK_DOCUMENTS = 12  # 40 methods in two modes: 6 minutes on one core with the bundled model
@@ -62,8 +62,8 @@ class Measured:
         return rows
 
     def _about(self) -> dict[str, Any]:
-        names = ("setting", "requested_budget", "kv_budget", "keep_ratio")
-        return {name: getattr(self.entry, name) for name in names}
+        names = ("setting", "requested_budget", "kv_budget", "keep_ratio", "axis", "key_budget")
+        return {name: getattr(self.entry, name) for name in names} | {"calibrations": self.row.calibrations}
 
     def _loss(self, row: Row, dense: Row) -> dict[str, Any]:
         loss, interval = exact_match_loss(dense, row)
@@ -97,7 +97,27 @@ def run_entries(
         for row in rows:
             entry, row.method = labels[row.method], labels[row.method].method
             measured.append(Measured(ask, entry, row, rows[0]))
+    measured = over_calibrations(measured)
     return [replace(one, against=against_rivals(one, measured)) for one in measured]
+
+
+def over_calibrations(measured: Sequence[Measured]) -> list[Measured]:
+    """Entries that differ in their calibration alone as one, whose interval is over documents and calibrations.
+
+    What not every calibration has (settings that one of them makes equal are measured once) is given of the first that has it.
+    """
+    groups: dict[tuple[Any, ...], list[Measured]] = {}
+    for one in measured:
+        entry = one.entry
+        wanted = (entry.requested_budget, entry.key_budget, entry.keep_ratio) if entry.calibrated else (entry.setting,)
+        groups.setdefault((one.ask, entry.method, entry.axis, *wanted), []).append(one)
+    most = max(map(len, groups.values()), default=1)
+    return [_together(same) if len(same) == most > 1 else same[0] for same in groups.values()]
+
+
+def _together(same: Sequence[Measured]) -> Measured:
+    settings = " / ".join(dict.fromkeys(one.entry.setting for one in same))
+    return replace(same[0], entry=replace(same[0].entry, setting=settings), row=pooled([one.row for one in same]))
 
 
 def batch_sizes(documents: int, batch_size: int) -> list[int]:
@@ -106,9 +126,15 @@ def batch_sizes(documents: int, batch_size: int) -> list[int]:
 
 
 def facts_of(
-    artifact: Artifact, weights: Source, evaluator: Evaluator, source: DataSource, ids: Sequence[str], options: dict[str, Any]
+    artifact: Artifact,
+    weights: Source,
+    evaluator: Evaluator,
+    source: DataSource,
+    ids: Sequence[str],
+    options: dict[str, Any],
+    also: Sequence[Artifact] = (),
 ) -> dict[str, Any]:
-    """What must be equal for two runs to be one evaluation; `options` are those that change outcomes.
+    """What must be equal for two runs to be one evaluation; `options` are those that change outcomes, `also` other calibrations.
 
     Local files are named by their last part and a hash of their content: results are for publishing, paths are not.
     """
@@ -122,6 +148,7 @@ def facts_of(
         "documents": len(ids),
         "document_ids": source.hash_ids(list(ids)),
         "artifact": artifact_hash(artifact),
+        **({"also": [artifact_hash(other) for other in also]} if also else {}),
         "model": Path(weights.name).name if weights.is_local else weights.name,
         "weights": fingerprint(Path(weights.location))[:16] if weights.is_local else weights.revision,
         "processor": processor_hash(evaluator.processor),

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..kernels.table import Kind
+from .cache import RotateKCache
 from .cache_layer import RotateKLayer
 
 DENSE_ITEMSIZE = 2  # sizes are compared at 2 bytes a number, whatever the compute dtype (DESIGN.md §3)
@@ -17,10 +18,11 @@ DENSE_ITEMSIZE = 2  # sizes are compared at 2 bytes a number, whatever the compu
 class CacheBytes:
     """Bytes of one cache. `stored` is what is allocated; the others count codes and raw numbers at 2 bytes each.
 
-    total: everything; span: coded segments with all they need (codes, scales, means, own bases, or a rival's parts); window: raw
+    total: everything; span: coded segments with all they need (codes, scales, means, own bases, or a rival's parts, and the tables of
+    kept tokens where some are dropped); window: raw
     text (window and older dense text); basis: own bases, part of span; slack: padding and unused window, part of span or
     window; tables: segment tables, lengths and work lists; dense: the stock cache for the same tokens; span_dense: the stock cache
-    for the coded tokens; fallback_heads: (sequence, head, segment) triples that kept more than planned.
+    for the coded tokens and those that were dropped; fallback_heads: (sequence, head, segment) triples that kept more than planned.
     """
 
     stored: int = 0
@@ -46,6 +48,8 @@ def storage_bytes(tensors: list[Tensor]) -> int:
 def cache_tensors(cache: Cache) -> list[Tensor]:
     """Every tensor a cache keeps alive for its sequences."""
     tensors: list[Tensor] = []
+    if isinstance(cache, RotateKCache):
+        tensors.extend(segment.table for segment in cache.kept_segments())
     for layer in cache.layers:
         if isinstance(layer, RotateKLayer):
             tensors.extend(layer.tensors())
@@ -78,6 +82,9 @@ def cache_bytes(cache: Cache, tokens: int | None = None) -> CacheBytes:
             real = columns if tokens is None else min(tokens, columns)
             dense = real * keys.shape[1] * (keys.shape[3] + values.shape[3]) * DENSE_ITEMSIZE
             total += CacheBytes(stored=stored, total=dense, dense=dense)
+    if isinstance(cache, RotateKCache):
+        index = sum(storage_bytes([segment.table]) for segment in cache.kept_segments())
+        total += CacheBytes(stored=index, total=index, span=index)
     return total
 
 
@@ -87,6 +94,7 @@ def _layer_bytes(layer: RotateKLayer, tokens: int | None) -> CacheBytes:
     size = DENSE_ITEMSIZE
     rival = layer.spans
     coded_tokens = store.coded_tokens() + (rival.tokens() if rival is not None else 0)
+    coded_tokens += layer.kept.evicted() if layer.kept is not None else 0
     coded, coded_slack = store.code_bytes(Kind.CODED)
     raw, raw_slack = store.code_bytes(Kind.DENSE)
     basis = store.own_bases.numel() * size

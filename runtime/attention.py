@@ -84,7 +84,7 @@ def rotatek_attention(
     Raises:
         RotateKError: the layer asks for logit changes that the compressed cache does not compute.
     """
-    delegate, seen = _stock_attention(stock, module)
+    delegate, seen = stock_attention(stock, module)
     if not isinstance(key, Handle):
         return delegate(seen, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     for name in UNSUPPORTED:
@@ -96,11 +96,11 @@ def rotatek_attention(
     else:
         out = handle.attend(query, attention_mask, scaling if scaling is not None else query.shape[-1] ** -0.5)
         out = out.transpose(1, 2).contiguous()
-    handle.commit(query)
+    handle.commit(query, scaling)
     return out, None
 
 
-def _stock_attention(stock: str, module: nn.Module) -> tuple[Callable[..., Any], Any]:
+def stock_attention(stock: str, module: nn.Module) -> tuple[Callable[..., Any], Any]:
     """The stock function, and the attention module as that function must see it."""
     if stock == "eager":  # every modelling file has its own
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

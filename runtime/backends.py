@@ -88,7 +88,14 @@ class TritonBackend(TorchBackend):
     needs_splits = True
     captures = True
 
+    def __init__(self) -> None:
+        from ..kernels import decode_ops  # registers an operator, which must be there before anything is compiled
+
+        self.operator = decode_ops.decode
+
     def decode(self, query: Tensor, view: CacheView, scaling: float, keys: Tensor, values: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.operator(query, view, scaling, keys, values)
         from ..kernels.decode import decode_attention, supported
 
         reason = supported(query, view)

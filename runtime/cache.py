@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
-from ..errors import UsageError
+from ..errors import RotateKError, UsageError
 from ..geometry import FULL_ATTENTION
 from .backends import Backend
 from .cache_layer import RotateKLayer
 from .coder import Coder
 from .handle import Handle
+from .kept_tokens import KeptSegment
 from .media import CallState
 from .monitor import Monitor, stats, warn_of_drift
 from .prepared import PreparedArtifact, PreparedLayer
+from .token_selection import TokenSelector
 
 __all__ = ["Handle", "RotateKCache", "RotateKLayer"]
 
@@ -41,7 +43,7 @@ class RotateKCache(Cache):
             raise UsageError(f"method {coder.name} codes images only, but the artifact has span {span!r}; compile one with --span visual")
         text = config.get_text_config(decoder=True)
         types, kwargs = get_layer_types_and_kwargs(text)
-        self.state = CallState()
+        self.state = CallState(_selector(artifact))
         self.artifact = artifact
         self.rope_deltas: Tensor | None = None  # int64 [B, 1], what M-RoPE models keep beside the cache; known to `Document` caches alone
         self.weights: str | None = None  # identifies the model that read the tokens, likewise
@@ -79,7 +81,8 @@ class RotateKCache(Cache):
         super().batch_select_indices(indices)
 
     def reset(self) -> None:
-        self.state = CallState()
+        selector = self.state.selector
+        self.state = CallState(selector.fresh() if selector is not None else None)
         for layer in self.layers:
             if isinstance(layer, RotateKLayer):
                 layer.state = self.state
@@ -109,12 +112,27 @@ class RotateKCache(Cache):
 
     def finish(self) -> None:
         """The image that was read last is complete: code what is still held raw of it."""
-        self.state = CallState()
+        scaling = self.state.scaling
+        self.state = CallState(self.state.selector)
+        self.state.scaling = scaling
         for layer in self.layers:
             if isinstance(layer, RotateKLayer):
                 layer.state = self.state
                 if layer.is_initialized and any(layer.store.held):
                     layer._finish(list(range(layer.store.batch)))
+
+    def kept_tokens(self) -> dict[int, list[list[Tensor]]]:
+        """Which tokens of each image are left: by layer and row, in order, int64 [1 or Hkv, n] of the image's tokens, ascending.
+
+        One row of indices where all heads keep the same. Empty where no tokens are dropped.
+        """
+        kept = ((layer.index, layer.kept) for layer in self.layers if isinstance(layer, RotateKLayer) and layer.kept is not None)
+        return {index: [[segment.indices() for segment in row] for row in tables.rows] for index, tables in kept}
+
+    def kept_segments(self) -> list[KeptSegment]:
+        """The tables of kept tokens, each once, also where layers share them."""
+        tables = (layer.kept for layer in self.layers if isinstance(layer, RotateKLayer) and layer.kept is not None)
+        return list({id(segment): segment for table in tables for segment in table.distinct()}.values())
 
     def stats(self) -> dict[str, Any]:
         """What coding discarded, and where it fell back.
@@ -143,3 +161,17 @@ class RotateKCache(Cache):
     def _rows(self) -> int:
         """B, or 0 before the first call."""
         return max((len(layer.real) for layer in self.layers if isinstance(layer, RotateKLayer)), default=0)
+
+
+def _selector(artifact: PreparedArtifact) -> TokenSelector | None:
+    """Who decides which image tokens stay, where the artifact drops some.
+
+    Raises:
+        RotateKError: the model's heads are spread over processes, which would not agree.
+    """
+    method = artifact.artifact.method
+    if method.token_method is None or method.token_keep_ratio >= 1:
+        return None
+    if artifact.shard.size > 1:
+        raise RotateKError("token selection needs all heads in one process; load the model without tensor parallelism")
+    return TokenSelector(method.token_method, method.token_keep_ratio, artifact.artifact.geometry.compressible)

@@ -12,6 +12,7 @@ layers are alive at full width. Whoever reads `store` finds everything settled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,16 @@ from ..kernels.table import BLOCK
 from .backends import Backend
 from .coder import Coder, real_queries
 from .handle import Handle
+from .kept_tokens import KeptSegment, KeptTokens
 from .media import CallState
 from .prepared import PreparedArtifact, PreparedLayer
+from .residual import only
 from .segment_coder import SegmentCoder
-from .segments import Step, columns, plain_step
+from .segments import Run, Step, columns, plain_step
 from .spans import CodedSpans, SpansBackend
 from .store import Store
 from .text_blocks import TextBlocks
+from .token_selection import Seen
 
 QUERIES_HELD = 32  # what methods that look at queries look at (rivals/think.py, online.py)
 
@@ -53,6 +57,7 @@ class RotateKLayer(CacheLayerMixin):
         self.segments: SegmentCoder = None  # type: ignore[assignment]
         self.spans: CodedSpans | None = None  # image segments of a rival method
         self.blocks: TextBlocks | None = None  # text that left the window, where it is coded
+        self.kept: KeptTokens | None = None  # which tokens of images are left, where some are dropped
         self.prepared: PreparedLayer = None  # type: ignore[assignment]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -74,6 +79,8 @@ class RotateKLayer(CacheLayerMixin):
         if self.coder is not None:
             self.spans = CodedSpans(batch)
             self.backend = SpansBackend(self.spans)
+        if self.state.selector is not None:
+            self.kept = KeptTokens(batch)
         self.is_initialized = True
 
     @property
@@ -128,6 +135,15 @@ class RotateKLayer(CacheLayerMixin):
 
     def commit(self, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
         """Store a call's tokens: query [B, Hq, T, D], keys and values [B, Hkv, T, D]."""
+        selector = self.state.selector
+        images = selector is not None and any(step.media(row) for row in range(step.batch))
+        if images and selector is not None and selector.postpone(self.index, self._commit, (query, keys, values, step)):
+            return
+        self._commit(query, keys, values, step)
+        if images and selector is not None:
+            selector.decided(self.index)
+
+    def _commit(self, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
         tail = self.tail + step.length if step.plain_text else step.text_tail()
         for row in range(step.batch):
             self._commit_media(row, query[row], keys[row], values[row], step)
@@ -149,13 +165,22 @@ class RotateKLayer(CacheLayerMixin):
             if row in step.unfinished and number == len(media) - 1:
                 store.hold(row, own_keys, own_values)
                 self._hold_queries(row, query, step)
+                self._note_held(row)
             else:
-                queries = self._queries(row, query, step)
+                queries, held = self._queries(row, query, step), 0
                 if number == 0 and store.held[row]:
                     if row in self.held_queries and queries is not None:
                         queries = torch.cat([self.held_queries.pop(row), queries], 2)
                     held_keys, held_values = store.take_held(row)
+                    held = held_keys.shape[1]
                     own_keys, own_values = torch.cat([held_keys, own_keys], 1), torch.cat([held_values, own_values], 1)
+                if (selector := self.state.selector) is not None:
+                    seen = None
+                    if selector.looks(self.index):
+                        seen = self._seen(row, queries, columns(keys, step.rows[row]), own_keys[:, :held], step.rows[row], runs)
+                    tokens = own_keys.shape[1]
+                    kept = selector.keep(row, number, runs[0], tokens, seen, self.state.scaling, self.state.features)
+                    own_keys, own_values = self._select(row, kept, own_keys, own_values)
                 self._begin(row, "visual", own_keys, own_values, queries)
 
     def _commit_text(self, row: int, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> int | None:
@@ -182,7 +207,8 @@ class RotateKLayer(CacheLayerMixin):
 
     def _queries(self, row: int, query: Tensor, step: Step) -> Tensor | None:
         """Real queries [Hkv, G, T, D] of a row, for methods that look at them."""
-        if self.coder is None and self.prepared.method.basis != "paper":
+        selector = self.state.selector
+        if self.coder is None and self.prepared.method.basis != "paper" and not (selector is not None and selector.looks(self.index)):
             return None
         return real_queries(query, self.prepared.geometry.kv_heads, step.rows[row])
 
@@ -191,6 +217,39 @@ class RotateKLayer(CacheLayerMixin):
         if queries is not None:
             parts = [part for part in (self.held_queries.get(row), queries) if part is not None]
             self.held_queries[row] = torch.cat(parts, 2)[:, :, -QUERIES_HELD:].clone()
+
+    def _seen(self, row: int, queries: Tensor | None, keys: Tensor, held: Tensor, real: Sequence[Run], runs: Sequence[Run]) -> Seen:
+        """What the queries of this call see: `keys` [Hkv, N, D] of its real tokens `real`, and before them the held ones of an image, whose
+        further tokens are `runs`."""
+        assert queries is not None and self.state.selector is not None
+        own, start = [slice(0, held.shape[1])] if held.shape[1] else [], held.shape[1]
+        for run in real:
+            if run in runs:
+                own.append(slice(start, start + run.length))
+            start += run.length
+        newest = min(self.state.selector.queries, keys.shape[1])
+        return Seen(queries[:, :, -newest:], torch.cat([held, keys], 1) if held.shape[1] else keys, own)
+
+    def _note_held(self, row: int) -> None:
+        """Ask which tokens of the image that a row holds would stay; the scoring layer alone is asked."""
+        selector = self.state.selector
+        if selector is not None and selector.scoring == self.index:
+            self.segments.store.flush()
+            keys, _ = self.segments.store.held_parts(row)
+            selector.hold(row, keys.shape[1], self._of_held(row, keys), self.state.scaling)
+
+    def _of_held(self, row: int, keys: Tensor) -> Seen:
+        """What the newest queries of a held image see of it; text before it is left out."""
+        selector = self.state.selector
+        assert selector is not None
+        return Seen(self.held_queries[row][:, :, -min(selector.queries, keys.shape[1]) :], keys, [slice(0, keys.shape[1])])
+
+    def _select(self, row: int, kept: KeptSegment, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The Keys and Values [Hkv, n, D] of the tokens that stay."""
+        assert self.kept is not None
+        self.kept.rows[row].append(kept)
+        places = kept.indices().to(keys.device).expand(keys.shape[0], -1)
+        return only(keys, places), only(values, places)
 
     def _finish(self, rows: list[int]) -> None:
         """Code what these rows hold: the image ended with the last call. Rows that share it (beams) go on sharing it."""
@@ -205,6 +264,8 @@ class RotateKLayer(CacheLayerMixin):
                     self.store.share(row, owner, place)
                 elif self.spans is not None:
                     self.spans.add(row, self.spans.rows[owner][-1])
+                if self.kept is not None:
+                    self.kept.rows[row].append(self.kept.rows[owner][-1])
             else:
                 done[key] = row, self._code(row, *self.store.take_held(row), self.held_queries.get(row))
             self.held_queries.pop(row, None)
@@ -221,6 +282,10 @@ class RotateKLayer(CacheLayerMixin):
 
     def _code(self, row: int, keys: Tensor, values: Tensor, queries: Tensor | None) -> int | None:
         """Code an image [Hkv, S, D] of a row at once; its place in the store's table, None for a rival's."""
+        if (selector := self.state.selector) is not None:
+            seen = self._of_held(row, keys) if selector.looks(self.index) else None
+            kept = selector.keep(row, 0, None, keys.shape[1], seen, self.state.scaling, {})
+            keys, values = self._select(row, kept, keys, values)
         self._begin(row, "visual", keys, values, queries)
         return next(iter(self.segments.settle()), None)
 
@@ -299,9 +364,12 @@ class RotateKLayer(CacheLayerMixin):
             self.blocks.select_rows(rows)
         if self.spans is not None:
             self.spans.select_rows(rows)
+        if self.kept is not None:
+            self.kept.select_rows(rows)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor this layer keeps alive for its sequences; a rival's work copy and the artifact's bases are not among them."""
+        """Every tensor this layer keeps alive for its sequences; a rival's work copy and the artifact's bases are not among them, nor are
+        tables of kept tokens, which layers may share (`RotateKCache.kept_segments`)."""
         if not self.is_initialized:
             return []
         parts = [part.tensors() for part in (self.spans, self.blocks) if part is not None]
@@ -312,7 +380,7 @@ class RotateKLayer(CacheLayerMixin):
         self.held_queries = {}
         if self.spans is not None:
             self.spans.select_rows(())  # the backend knows them too, until the next call makes another
-        self.segments, self.spans, self.blocks = None, None, None  # type: ignore[assignment]
+        self.segments, self.spans, self.blocks, self.kept = None, None, None, None  # type: ignore[assignment]
 
     def offload(self) -> None:
         raise RotateKError("cache offloading is not supported by the compressed cache; turn offloading off")

@@ -24,14 +24,17 @@ from .backends import Backend, choose_backend
 from .cache import RotateKCache
 from .coder import Coder
 from .graphs import DecodeGraphs
-from .media import ENCODERS, CallState, encoded_lengths, lengths_of
+from .media import ENCODERS, CallState, encoded_features, encoded_lengths, features_of, lengths_of
 from .prepared import PreparedArtifact
+from .rap_load import pruned_artifact
 from .segments import hides_past, read_kinds
 from .tensor_parallel import shard_of
+from .vision_attention import note, watched
 
 _ACTIVE = "_rotatek_enabled"
 MEDIA = ("pixel_values", "image_embeds", "video_embeds", "mm_encoder_outputs")  # how arguments of `forward` that carry images begin
 _call: ContextVar[CallState | None] = ContextVar("rotatek_call", default=None)  # of the forward call this thread is in
+_encoding: ContextVar[bool] = ContextVar("rotatek_encoding", default=False)  # whether this thread is in an encoder
 
 
 class enable:  # noqa: N801 - used like a function: `with enable(model, artifact): ...`
@@ -51,6 +54,8 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         keep_ratio, kv_budget: another budget than the artifact's plan, at most one of them: bases nest, so any can be cut from them
             (`rotatek_compile.replan`).
         graphs: on a GPU with Triton, capture decoding steps in CUDA graphs where the model allows it (graphs.py).
+        token_method, token_keep_ratio: keep this share of each image's tokens, chosen by this score (token_selection.py); a KV budget then
+            holds for all tokens that were read (`rotatek_compile.token_budget`).
 
     Raises:
         RotateKError: wrong geometry, an architecture that cannot be plugged into, or a backend that cannot run here.
@@ -67,14 +72,18 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         keep_ratio: float | None = None,
         kv_budget: float | None = None,
         graphs: bool = True,
+        token_method: str | None = None,
+        token_keep_ratio: float | None = None,
     ) -> None:
         self.model = unwrapped(model)
         self.artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
         check_model(self.model, self.artifact)
-        if keep_ratio is not None or kv_budget is not None:
-            from ..replan import replanned
+        if any(given is not None for given in (keep_ratio, kv_budget, token_method, token_keep_ratio)):
+            from ..token_budget import selecting
 
-            self.artifact = replanned(self.artifact, keep_ratio=keep_ratio, kv_budget=kv_budget)
+            self.artifact = selecting(self.artifact, token_method, token_keep_ratio, keep_ratio=keep_ratio, kv_budget=kv_budget)
+        # selections that caches of this model make, whose scores may need more of an encoder than it returns
+        self.token_methods = {self.artifact.method.token_method} - {None}
         self.backend: Backend = choose_backend(backend, input_device(self.model))
         if not fallback:
             self.artifact = _without_fallback(self.artifact)
@@ -113,7 +122,7 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         inner = getattr(model, "base_model", model)
         for method, kind in ENCODERS.items():
             if hasattr(inner, method):
-                self._shadow(inner, method, functools.partial(_wrap_encoder, kind=kind))
+                self._shadow(inner, method, functools.partial(self._wrap_encoder, inner=inner, kind=kind))
         setattr(model, _ACTIVE, self)
 
     def _shadow(self, owner: nn.Module, name: str, wrap: Any) -> None:
@@ -172,7 +181,9 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             if hides_past(mask, shape[1], cache.tokens()):
                 raise RotateKError("the attention mask hides tokens that the compressed cache holds, which it cannot leave out")
             kinds = read_kinds(ids, mask, types, marked, shape, video)
-            state.begin(shape, kinds, lengths_of(bound.get("mm_encoder_outputs", extra.get("mm_encoder_outputs"))))
+            encoded = bound.get("mm_encoder_outputs", extra.get("mm_encoder_outputs"))
+            state.begin(shape, kinds, lengths_of(encoded))
+            state.show(features_of(encoded))
             token = _call.set(state)
             try:
                 out = None
@@ -218,28 +229,33 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
 
         return with_compressed_cache
 
+    def _wrap_encoder(self, encode: Any, inner: Any, kind: int) -> Any:
+        @functools.wraps(encode)
+        def announced(*args: Any, **kwargs: Any) -> Any:
+            if _encoding.get():
+                return encode(*args, **kwargs)  # an encoder that calls another one speaks for it
+            token = _encoding.set(True)
+            try:
+                if "visionzip" in self.token_methods:
+                    with watched(inner) as watch:
+                        out = encode(*args, **kwargs)
+                    note(inner, out, watch)
+                else:
+                    out = encode(*args, **kwargs)
+            finally:
+                _encoding.reset(token)
+            if (state := _call.get()) is not None:
+                if lengths := encoded_lengths(out, kind):
+                    state.announce(kind, lengths)
+                state.show({kind: encoded_features(out)})
+            return out
+
+        return announced
+
 
 def _given(value: Any) -> bool:
     """Whether an argument carries anything: `generate` passes an empty mapping for prompts without media."""
     return value is not None and (not isinstance(value, dict) or any(part is not None for part in value.values()))
-
-
-def _wrap_encoder(encode: Any, kind: int) -> Any:
-    @functools.wraps(encode)
-    def announced(*args: Any, **kwargs: Any) -> Any:
-        state = _call.get()
-        if state is None:
-            return encode(*args, **kwargs)
-        token = _call.set(None)  # an encoder that calls another one speaks for it
-        try:
-            out = encode(*args, **kwargs)
-        finally:
-            _call.reset(token)
-        if lengths := encoded_lengths(out, kind):
-            state.announce(kind, lengths)
-        return out
-
-    return announced
 
 
 def unwrapped(model: Any) -> Any:
@@ -287,6 +303,11 @@ def check_model(model: nn.Module, artifact: Artifact) -> None:
     Raises:
         RotateKError: another geometry, or attention that is not pluggable.
     """
+    if artifact.rap is not None:
+        where = f"artifact {artifact.path}" if artifact.path else "the artifact"
+        raise RotateKError(f"{where} is a smaller checkpoint (RAP), nothing to enable on another model; use rotatek_compile.load on it")
+    if pruned_artifact(model) is not None:
+        raise RotateKError("the model is a pruned one (RAP), and the coded cache wants Keys and Values of one width; load its base model")
     geometry = geometry_of(model.config)
     if reason := artifact.geometry.difference(geometry):
         where = f"artifact {artifact.path}" if artifact.path else "the artifact"

@@ -36,9 +36,14 @@ class Handle:
             return backend.decode(query, self.layer.store.view(splits=backend.needs_splits), scaling, self.keys, self.values)
         return backend.extend(query, self.layer.store.view(splits=False), self.keys, self.values, mask, scaling)
 
-    def commit(self, query: Tensor) -> None:
-        """Code complete segments of this call, append its text to the window, and free the raw tensors."""
+    def commit(self, query: Tensor, scaling: float | None = None) -> None:
+        """Code complete segments of this call, append its text to the window, and free the raw tensors.
+
+        Args:
+            scaling: of the logits, by default D^-0.5; for methods that look at attention.
+        """
         if not self.appended:
             assert self.keys is not None and self.values is not None, "the handle was committed before"
+            self.layer.state.scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
             self.layer.commit(query, self.keys, self.values, self.step)
         self.keys = self.values = None

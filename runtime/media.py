@@ -7,12 +7,15 @@ complete one. The model's own encoders do: `get_image_features` and `get_video_f
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from .segments import IMAGE, TEXT, VIDEO, Run, Step, plain_step, runs_of
+
+if TYPE_CHECKING:
+    from .token_selection import TokenSelector
 
 MODALITIES = {"image": IMAGE, "video": VIDEO}
 ENCODERS = {f"get_{name}_features": kind for name, kind in MODALITIES.items()}  # methods of a model's inner part, by what they encode
@@ -30,6 +33,17 @@ def encoded_lengths(output: Any, kind: int) -> list[int] | None:
     if isinstance(features, Tensor) and features.dim() == 3 and kind == VIDEO:
         return [features.shape[1]] * features.shape[0]
     return None
+
+
+def encoded_features(output: Any) -> list[Tensor]:
+    """What an encoder made of each image or clip, in order of their placeholders; empty where it does not say which is which."""
+    features = getattr(output, "pooler_output", None)
+    return list(features) if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features) else []
+
+
+def features_of(encoded: Any) -> dict[int, list[Tensor]]:
+    """As `encoded_features` for the argument `mm_encoder_outputs` of `forward`: modality -> encoder output."""
+    return {kind: encoded_features(encoded.get(name)) for name, kind in MODALITIES.items()} if isinstance(encoded, Mapping) else {}
 
 
 def lengths_of(encoded: Any) -> dict[int, list[int]]:
@@ -54,8 +68,12 @@ class CallState:
     `Step` made. Between calls it is remembered which rows are in the middle of an image.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, selector: TokenSelector | None = None) -> None:
         self.step: Step | None = None
+        self.selector = selector
+        self.keeps_features = selector is not None  # of the call under way, for a selector or for a recording
+        self.features: dict[int, list[Tensor]] = {}  # by modality, what the encoder returned of each image
+        self.scaling = 1.0  # of the call's logits, where a handle was committed
         self.capturing = False  # the call is recorded, not run: layers count nothing (graphs.py)
         self.keeps_text = False  # nothing leaves the windows in this call (graphs.py)
         self._kinds: np.ndarray | None = None
@@ -77,10 +95,16 @@ class CallState:
         """A call of `shape` (B, T) begins; kinds int8 [B, T] as `read_kinds` has them."""
         self.keeps_text = False
         self._shape, self._kinds, self._lengths, self.step = shape, kinds, {} if self._chunked else dict(lengths), None
+        self.features = {}
 
     def announce(self, kind: int, lengths: list[int]) -> None:
         """An encoder ran inside the call."""
         self._lengths[kind] = lengths
+
+    def show(self, features: dict[int, list[Tensor]]) -> None:
+        """What an encoder made of the call's images, for those who look at it; in chunks it is not known which image a piece is of."""
+        if self.keeps_features and not self._chunked:
+            self.features |= features
 
     def later(self, layer: Unsettled) -> None:
         """A layer has begun to code this call's segments. It settles once the next layer has begun, so that no device has to wait."""
@@ -97,8 +121,10 @@ class CallState:
     def end(self) -> None:
         """The call is over."""
         self.settle()
+        if self.selector is not None:
+            self.selector.end({*self._open, *(self.step.unfinished if self.step is not None else ())})
         self._shape = self._kinds = self.step = None
-        self._lengths = {}
+        self._lengths, self.features = {}, {}
 
     def of(self, batch: int, length: int) -> Step:
         """The step of the call under way.
@@ -119,7 +145,10 @@ class CallState:
 
     def select_rows(self, rows: Iterable[int]) -> None:
         """Rows were repeated, dropped or reordered."""
+        rows = list(rows)
         self._open = {new: self._open[old] for new, old in enumerate(rows) if old in self._open}
+        if self.selector is not None:
+            self.selector.select_rows(rows)
 
     # -- making the step ------------------------------------------------------------------------------------------------------
 
@@ -138,6 +167,7 @@ class CallState:
         going_on = frozenset(row for row, kind in self._open.items() if rows[row] and rows[row][0].kind == kind)
         self._open = {}
         if media is None:  # an image that the call ends with may go on in the next one
+            self.features = {}  # of which image each is is not known
             ends = {b: row[-1] for b, row in enumerate(rows) if row}
             self._open = {b: run.kind for b, run in ends.items() if run.kind > TEXT and run.end == length}
         return Step(batch, length, rows, going_on, frozenset(self._open))

@@ -16,6 +16,7 @@ from ..errors import RotateKError
 from ..geometry import LayerGeometry
 from ..kernels.slabs import Slabs
 from ..plan import SIDES, HeadPlan, own_part_bytes
+from ..token_budget import kept_tokens
 from ..usual import legible
 from .coder import Coder
 from .rounding_error import expected_errors, usual_ratios
@@ -106,11 +107,12 @@ class PreparedArtifact:
         method = self.artifact.method
         if (name := method.rival) is None:
             return None
-        from .rivals.registry import RIVALS, make_coder  # the rivals import this package's modules
+        from .rivals.registry import PROMISED_FROM, RIVALS, make_coder  # the rivals import this package's modules
 
+        tokens = kept_tokens(PROMISED_FROM, method.token_keep_ratio)
         by_ratio = method.kv_budget is None and name in RIVALS and "keep_ratio" in RIVALS[name].settings
         ratio, state = method.keep_ratio if by_ratio else None, {"knockout": self.artifact.knockout()}
-        return make_coder(name, self.artifact.geometry, kv_budget=method.kv_budget, keep_ratio=ratio, state=state)
+        return make_coder(name, self.artifact.geometry, kv_budget=method.kv_budget, keep_ratio=ratio, state=state, tokens=tokens)
 
     def plain_layer(self, index: int) -> PreparedLayer:
         """What a layer needs that a rival codes: geometry and window, no bases."""

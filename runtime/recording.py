@@ -7,7 +7,8 @@ what it would be after that prefill, because it is filled by the same `commit()`
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class Recording:
     step: Step
     layers: tuple[Any, ...]
     logits: Tensor
+    scaling: float = 1.0  # of the attention logits
+    features: Mapping[int, list[Tensor]] = field(default_factory=dict)  # what encoders made of the images (media.py), if anybody asks
 
 
 class _RecordingLayer(RotateKLayer):
@@ -45,7 +48,7 @@ class _RecordingLayer(RotateKLayer):
     record: LayerRecord | None = None
 
     def commit(self, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
-        self.record, self.step = LayerRecord(query, keys, values), step
+        self.record, self.step, self.shown = LayerRecord(query, keys, values), step, (self.state.scaling, self.state.features)
 
 
 class _RecordingCache(RotateKCache):
@@ -68,6 +71,7 @@ def record(model: nn.Module, **forward_kwargs: Any) -> Recording:
     if forward_kwargs.get("past_key_values") is not None:
         raise RotateKError("record() prefills an empty cache of its own; leave past_key_values out")
     cache = _RecordingCache(model.config, enabled.prepared, enabled.backend)
+    cache.state.keeps_features = bool(enabled.token_methods)
     forward_kwargs |= {"past_key_values": cache, "use_cache": True}
     logits = model(**forward_kwargs).logits
     layers: list[Any] = []
@@ -79,10 +83,10 @@ def record(model: nn.Module, **forward_kwargs: Any) -> Recording:
             raise RotateKError(f"layer {layer.index} was given nothing; this model shares Keys between layers and cannot be recorded")
         else:
             layers.append(layer.record)
-            step = layer.step
+            step, (scaling, features) = layer.step, layer.shown
     if step is None:
         raise RotateKError("this model has no full-attention layer, so there is nothing to record")
-    return Recording(step, tuple(layers), logits)
+    return Recording(step, tuple(layers), logits, scaling, features)
 
 
 def fill(cache: RotateKCache, recording: Recording) -> RotateKCache:
@@ -94,18 +98,17 @@ def fill(cache: RotateKCache, recording: Recording) -> RotateKCache:
     if cache.get_seq_length() != 0:
         raise RotateKError(f"only an empty cache can be filled, this one holds {cache.get_seq_length()} tokens; make a new one")
     _check_layers(len(cache.layers), recording)
-    cache.state.step = recording.step
+    cache.state.step, cache.state.features = recording.step, dict(recording.features)
     try:
         for index, recorded in enumerate(recording.layers):
             layer = cache.layers[index]
             if isinstance(recorded, LayerRecord) and isinstance(layer, RotateKLayer):
                 handle, _ = layer.update(recorded.keys, recorded.values)
-                handle.commit(recorded.query)
+                handle.commit(recorded.query, recording.scaling)
             else:
                 cache.layers[index] = copy.deepcopy(recorded)
-        cache.state.settle()
     finally:
-        cache.state.step = None
+        cache.state.end()
     return cache
 
 

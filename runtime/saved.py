@@ -150,6 +150,8 @@ def _saveable(cache: RotateKCache) -> list[RotateKLayer]:
         )
     if any(layer.coder is not None for layer in layers):
         raise RotateKError(f"the cache of rival method {layers[0].coder.name} cannot be saved; rivals are here to be compared")  # type: ignore[union-attr]
+    if any(layer.kept is not None for layer in layers):
+        raise RotateKError("a cache that dropped image tokens (--token-keep-ratio) cannot be saved; fork() it instead, or keep all tokens")
     if not layers or not all(layer.is_initialized and layer.logical_length for layer in layers):
         raise RotateKError("the cache holds no tokens, or a forward call on it did not finish; there is nothing to save")
     first = layers[0]

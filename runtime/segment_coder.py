@@ -101,7 +101,7 @@ class SegmentCoder:
                 at[0] = as_published(one.sides[0], one.queries.float(), basis.key)
                 codes[0] = write(one.sides[0], at[0], store.dtype)
             store.monitor.see(one.row, at, one.tokens)
-            if one.rules.own_parts:
+            if one.rules.own_parts and self.prepared.method.token_method is None:  # some of an image's tokens are unlike all of them
                 shown = one.whole.arrive() if one.whole is not None else [table[:, : store.dim] for table in tables[2 * n : 2 * n + 2]]
                 store.monitor.compare(one.row, basis.sides, shown, one.tokens)
             placed = [(store.place(w, side, scales), part) for w, side, (part, scales) in zip(at, basis.sides, codes, strict=True)]

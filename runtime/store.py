@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.codes import native_view, pack, padded
+from ..kernels.decode_tuning import tuning_of
 from ..kernels.slabs import NATIVE_BYTES, Slabs
 from ..kernels.table import (
     BASIS,
@@ -214,6 +215,12 @@ class Store:
 
     def take_held(self, row: int) -> tuple[Tensor, Tensor]:
         """Keys and Values [Hkv, S, D] of the pieces a row holds, in order; they are gone from the row afterwards."""
+        keys, values = self.held_parts(row)
+        self.drop_held(row)
+        return keys, values
+
+    def held_parts(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and Values [Hkv, S, D] of the pieces a row holds, in order; they have to be in the pool."""
         sides = []
         for side in SIDES:
             pieces = [
@@ -221,7 +228,6 @@ class Store:
                 for entries in (self.table[row, :, place] for place in self.held[row])
             ]
             sides.append(torch.cat(pieces, 1))
-        self.drop_held(row)
         return sides[0], sides[1]
 
     def drop_held(self, row: int) -> None:
@@ -274,20 +280,23 @@ class Store:
     def view(self, splits: bool) -> CacheView:
         """A snapshot for the backends; `splits` adds the Triton work list."""
         window = self.window
-        grown = self._view is not None and self._view.window_keys.data_ptr() != window.keys.data_ptr()
-        if self._view is None or grown or (splits and self._view.splits is None):
+        # torch.compile reads no addresses; a step is compiled over a view that stands (`DecodeGraphs`)
+        stands = torch.compiler.is_compiling() or (self._view is not None and self._view.window_keys.data_ptr() == window.keys.data_ptr())
+        if self._view is None or not stands or (splits and self._view.splits is None):
             host = torch.from_numpy(np.ascontiguousarray(self.table))
             if self.table_on_device is None:
                 self.table_on_device = host.to(self.device, copy=True)
             plan = None
             if splits:
                 processors = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 1
+                tuning = tuning_of(self.device)
                 plan = plan_splits(
                     host,
                     window_capacity=window.keys.shape[2],
                     head_dim=self.dim,
                     itemsize=self.dtype.itemsize,
-                    num_programs=programs_for(host, processors),
+                    num_programs=programs_for(host, processors, tuning),
+                    tuning=tuning,
                     device=self.device,
                 )
             self._views += 1

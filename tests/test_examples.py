@@ -38,6 +38,7 @@ PLAYED = (
     "docs/generation.md",
     "docs/hub.md",
     "docs/inspect.md",
+    "docs/rap.md",
     "docs/rivals.md",
     "docs/trust.md",
 )
@@ -147,6 +148,7 @@ def test_readme(command, cli, here, server, make, parse_script, caches, monkeypa
         'rotatek-run artifact --image page1.png --image page2.png --prompt "What is the total?" --compare-dense': answer,
         'rotatek-run artifact --video clip.mp4 --prompt "What happens?"': video,
         "rotatek-eval artifact --data mixed --suite rivals --quick --output results": suite,
+        "rotatek-eval artifact --data mixed --suite proof --output proof --plot": parse,
         "rotatek-eval artifact --data mixed --write-card": card,
         "rotatek-push artifact lab/receipts --private": push,
         "rotatek-compile --method head-drop --kv-budget 0.125 ...": rival,
@@ -332,8 +334,9 @@ def test_hub():
     play("docs/hub.md", {"rotatek": elsewhere, "eval": elsewhere, "python": lmms_eval, "python block": elsewhere}, special)
 
 
-def test_rivals():
-    assert reading.examples("docs/rivals.md") == []
+def test_rivals(command, compiled):
+    Path("artifact").symlink_to(compiled)
+    play("docs/rivals.md", {"rotatek": command}, {})
 
 
 @pytest.mark.parametrize("page", reading.pages())
@@ -359,3 +362,32 @@ def test_named_functions_and_extras(page):
         for names in re.findall(r"'[\w.-]+\[([\w,]+)\]'", span):
             declared = (ROOT / "setup.cfg").read_text(encoding="utf-8").split("[options.extras_require]")[1]
             assert all(re.search(rf"^{name} = |^{name} =$", declared, re.MULTILINE) for name in names.split(",")), (page, span)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rap(command, here, cli, data_file, make_checkpoint):
+    """A random model stands for the bundled one; its answers may be blank."""
+    stand_in = {"tiny-llava-next": str(make_checkpoint(name="rap")), "mixed": str(data_file)}
+    Path("page1.png").symlink_to(data_file.parent / "page1.png")
+
+    def compiling(example):
+        words = [stand_in.get(word, word) for word in example.words[1:]]
+        counts = json.loads(cli("compile", *words, *SMALL["compile"]).out)["counts"]
+        assert {"config.json", "model.safetensors", "rap.safetensors"} <= {file.name for file in Path("smaller").iterdir()}
+        assert counts["pruned"]["attention_flops"] < counts["dense"]["attention_flops"]
+
+    def run(example):
+        said = json.loads(cli("run", *example.words[1:], *SMALL["run"]).out)
+        assert 0 < said["kv_bytes"] < said["kv_bytes_dense"] == said["dense"]["kv_bytes"]
+
+    def python(example):
+        names = {}
+        exec(compile(example.text, str(example), "exec"), names)  # noqa: S102 - our own page
+        assert type(names["model"].model.language_model.layers[0].self_attn).__name__ == "PairPrunedLlamaAttention"
+
+    special = {
+        "rotatek-compile --model tiny-llava-next --calib mixed --method rap --keep-ratio 0.7 -o smaller": compiling,
+        'rotatek-run smaller --image page1.png --prompt "What is the total?" --compare-dense': run,
+        "rotatek-eval smaller --data mixed": lambda example: command(example, stand_in.items()),
+    }
+    play("docs/rap.md", {"rotatek": command, "python block": python}, special)

@@ -11,7 +11,7 @@ import click
 from .. import aliases
 from ..compile_options import CompileOptions
 from ..errors import UsageError
-from ..names import ALLOCATIONS, BASES, BITS, METHODS, OURS, SPANS
+from ..names import ALLOCATIONS, BASES, BITS, COMPILE_METHODS, OURS, RAP, RAP_BUDGETS, RAP_SCORES, SPANS, TOKEN_METHODS
 from ..parallel import is_main
 from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
 
@@ -24,10 +24,10 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
     "--method",
     default="rotatek",
     show_default=True,
-    shell_complete=one_of(METHODS),
-    help="rotatek, or a rival: head-drop, head-drop-native, int4, kivi2, ...",
+    shell_complete=one_of(COMPILE_METHODS),
+    help="rotatek; rap (a smaller checkpoint); or a rival: head-drop, head-drop-native, int4, kivi2, ...",
 )
-@click.option("--keep-ratio", type=float, help="Fraction of Key directions kept, mean over heads. Default: 0.25 without another budget.")
+@click.option("--keep-ratio", type=float, help="Fraction of Key directions kept, mean over heads. Default: 0.25, with rap 0.7.")
 @click.option(
     "--kv-budget", type=float, help="At most this fraction of the dense bytes of Keys and Values, everything a segment needs included."
 )
@@ -64,7 +64,26 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
 @click.option(
     "--span", default="visual", show_default=True, shell_complete=one_of(SPANS), help="What is coded: visual, or all (old text too)."
 )
+@click.option(
+    "--rap-score",
+    shell_complete=one_of(RAP_SCORES),
+    help="With rap: how RoPE pairs are ranked: logit, fisher or fisher-weight.  [default: logit]",
+)
+@click.option(
+    "--rap-budget",
+    shell_complete=one_of(RAP_BUDGETS),
+    help="With rap: how layers share what is kept: sensitivity or published.  [default: sensitivity]",
+)
+@click.option("--no-repair", "repair", flag_value=False, default=True, help="With rap: leave what is kept as it is, without a refit.")
+@click.option("--recover", type=int, metavar="STEPS", help="With rap: distil into what is kept for so many steps (needs peft).")
 @click.option("--window", type=int, default=128, show_default=True, help="Newest text tokens kept raw.")
+@click.option(
+    "--token-keep-ratio",
+    type=float,
+    metavar="F",
+    help="Share of each image's tokens that stay in the cache after prefill; a KV budget holds for all of them.",
+)
+@click.option("--token-method", shell_complete=one_of(TOKEN_METHODS), help="Which tokens stay: fastv, visionzip, divprune or snapkv.")
 @click.option("--num-samples", type=int, default=64, show_default=True, help="Calibration documents; an eighth gives no moments.")
 @click.option(
     "--sensitivity-samples",
@@ -122,14 +141,17 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
         from ..hub_push import check_target, describe, push_compiled
 
         place = check_target(repo, private=private)  # before hours of work
-    if dry_run:
+    summary: dict[str, Any]
+    if chosen.method == RAP:
+        summary, text = _rap(chosen, dry_run)
+    elif dry_run:
         plan = prepare(chosen)
         there, asked = plan.data.size, chosen.num_samples  # the size is known of local files
         samples = asked if there is None else min(asked, there)
         method = chosen.own_method() if chosen.method == OURS else None
         dense, compressed = plan.bytes_per_token(method)
         layers = plan.geometry.layers
-        summary: dict[str, Any] = {
+        summary = {
             "artifact": str(target),
             "model": plan.source.name,
             "method": chosen.method,
@@ -163,17 +185,31 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
             + (
                 f"plan KL on {checked_on(summary['plan']['kept_aside'])}: {summary['plan']['predicted_kl']:.2e} nats per answer token, "
                 f"at {summary['plan']['share']:.4f} of the dense bytes of 512 tokens with all they need\n"
+                if chosen.method == "rotatek" and chosen.token_method is None
+                else f"{summary['plan']['setting']}\nplan KL {summary['plan']['predicted_kl']:.2e}: of codes alone, without the dropped "
+                "tokens; rotatek-eval measures both\n"
                 if chosen.method == "rotatek"
                 else f"{summary['plan']['setting']}\n"
             )
             + "seconds: "
             + ", ".join(f"{name.replace('_', ' ')} {seconds[name]}" for name in (*parts, "total"))
         )
-        if repo is not None and is_main():
-            pushed = push_compiled(target, place, options["with_weights"], options["quiet"])
-            summary["pushed"], text = pushed.to_json(), f"{text}\n{describe(pushed)}"
+    if repo is not None and is_main() and not dry_run:
+        pushed = push_compiled(target, place, options["with_weights"], options["quiet"])
+        summary["pushed"], text = pushed.to_json(), f"{text}\n{describe(pushed)}"
     if is_main():  # under torchrun the others have helped
         click.echo(json.dumps(summary) if as_json else text)
+
+
+def _rap(chosen: CompileOptions, dry: bool) -> tuple[dict[str, Any], str]:
+    """A smaller checkpoint: the summary as JSON and for people."""
+    from ..compile_rap import compile_rap, dry_run
+    from ..rap_report import words
+
+    if dry:
+        return dry_run(chosen)
+    done = compile_rap(chosen)
+    return done, words(done)
 
 
 def _check_names(model: str, calib: str) -> None:

@@ -10,7 +10,7 @@ import click
 
 from .. import aliases
 from ..errors import RotateKError, UsageError
-from ..names import ASK, METHODS, SUITES, refuse_unknown
+from ..names import ASK, METHODS, SUITES, TOKEN_METHODS, check_fraction, refuse_unknown
 from ..parallel import launched
 from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of, paths
 
@@ -39,7 +39,23 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of, 
 )
 @click.option("--kv-budget", "budgets", type=float, multiple=True, metavar="F", help="A --method's KV bytes over dense ones; may repeat.")
 @click.option("--keep-ratio", "ratios", type=float, multiple=True, metavar="F", help="What a --method keeps of Keys or heads; may repeat.")
-@click.option("--suite", shell_complete=one_of(SUITES), help="A whole comparison: rivals.")
+@click.option(
+    "--token-method",
+    "token_methods",
+    multiple=True,
+    shell_complete=one_of(TOKEN_METHODS),
+    help="Run every --method on a share of each image's tokens: fastv, visionzip, divprune, snapkv; without --method these stay as they "
+    "are; may repeat.",
+)
+@click.option("--token-keep-ratio", "token_ratios", type=float, multiple=True, metavar="F", help="That share; may repeat.")
+@click.option("--suite", shell_complete=one_of(SUITES), help="A whole comparison: rivals, or proof (also Keys beside equal Values).")
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="ARTIFACT",
+    shell_complete=paths("dir"),
+    help="With --suite: the same model calibrated anew, as with another --seed; intervals then hold for calibration too; may repeat.",
+)
 @click.option("--quick", is_flag=True, help="Only 12 documents: minutes on a small machine.")
 @click.option("--num-samples", type=int, help="Documents.  [default: 50]")
 @click.option("--batch-size", type=int, default=4, show_default=True)
@@ -88,10 +104,22 @@ def _check(options: dict[str, Any]) -> None:
         for value in values:
             if not 0 < value <= 1:
                 raise UsageError(f"{name} {value} is out of range; it must be above 0 and at most 1")
-        if values and not options["methods"]:
+        if values and not options["methods"] and not (name == "--kv-budget" and options["token_methods"]):
             raise UsageError(f"{name} says how a --method is to be run; name one (the artifact has its own)")
+    for name in options["token_methods"]:
+        refuse_unknown("token-method", name, TOKEN_METHODS)
+    for value in options["token_ratios"]:
+        check_fraction("--token-keep-ratio", value)
+    if options["token_ratios"] and not options["token_methods"]:
+        raise UsageError("--token-keep-ratio says how many image tokens stay; say which with --token-method")
+    if options["token_methods"] and not (options["token_ratios"] or options["budgets"]):
+        raise UsageError("--token-method says which image tokens stay; say how many with --token-keep-ratio, or with --kv-budget")
+    if options["suite"] is not None and options["token_methods"]:
+        raise UsageError("--suite and --token-method contradict each other; choose one")
     if options["suite"] is not None and options["methods"]:
         raise UsageError("--suite and --method contradict each other; choose one")
+    if options["also"] and options["suite"] is None:
+        raise UsageError("--also adds calibrations to a suite; choose one with --suite")
     if options["quick"] and options["num_samples"] is not None:
         raise UsageError("--quick and --num-samples contradict each other; choose one")
     if options["suite"] is not None and options["output"] is None:
@@ -111,7 +139,7 @@ def _check_names(data: str, options: dict[str, Any]) -> None:
 
 
 def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str, Any]) -> tuple[list[Any], int]:
-    from ..api import base_source, load_base
+    from ..api import base_source, load_base, load_smaller
     from ..batches import end_ids, rope_index
     from ..calibration_data.registry import open_data
     from ..card import require_card
@@ -119,12 +147,14 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     from ..evaluate import Evaluator
     from ..hub import open_artifact
     from ..journal import FILE, Journal
-    from ..methods import Methods
-    from ..models import choose_device
+    from ..methods import Methods, distinct
+    from ..models import choose_device, fingerprint
     from ..plots import plot_results, require_matplotlib
+    from ..rap_evaluate import PrunedRun, refuse_others
     from ..runtime.backends import choose_backend
     from ..runtime.enable import enable
     from ..suite import QUICK_DOCUMENTS, batch_sizes, facts_of, read_results, run_entries, write_results
+    from ..token_entries import token_entries
 
     if options["plot"]:
         require_matplotlib()
@@ -132,6 +162,9 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     if output is not None and not options["resume"] and (output / FILE).exists():
         raise RotateKError(f"{output / FILE} holds an evaluation already; pass --resume to go on with it, or another --output")
     read = open_artifact(artifact, options["revision"])
+    if read.rap is not None:
+        refuse_others(read, options)
+    also = [_other(other, read, artifact, options) for other in options["also"]]
     if options["write_card"]:
         require_card(read)
     source = open_data(data, "evaluation", options["seed"], options["data_revision"], images=not read.geometry.text_only)
@@ -143,16 +176,29 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     eos, size = end_ids(model), read.geometry.rows_at_once(size)
     items = Documents(source, samples, processor, read.geometry, eos[0], rope_index(model))
     evaluators = [Evaluator(model, processor, ask, eos, options["max_new_tokens"]) for ask in asks]
-    with enable(model, read, backend=options["backend"], fallback=not options["no_fallback"]) as active:
-        methods = Methods(active)
+    run: Any
+    if read.rap is not None:
+        run = PrunedRun(read, evaluators, load_smaller(read, dtype=options["dtype"], device=options["device"])[0])
+    else:
+        run = enable(model, read, backend=options["backend"], fallback=not options["no_fallback"])
+    with run as active:
+        methods = Methods(active) if read.rap is None else active
         if options["suite"]:
             entries = methods.suite(options["suite"])
+            for number, other in enumerate(also, 1):
+                entries += [entry for entry in Methods(active, other, number).suite(options["suite"]) if entry.calibrated]
         else:
-            chosen = methods.chosen(options["methods"], options["budgets"], options["ratios"])
+            named = options["methods"], options["budgets"], options["ratios"]
+            if options["token_methods"]:
+                chosen = distinct(token_entries(methods, *named, options["token_methods"], options["token_ratios"]))
+            else:
+                chosen = methods.chosen(*named) if read.rap is None else []
             entries = [methods.dense(), methods.compiled(), *chosen]
         same = {name: options[name] for name in ("seed", "max_new_tokens", "batch_size")}
         same |= {"backend": active.backend.name, "fallback": not options["no_fallback"]}
-        facts = facts_of(read, base_source(read, options["model"]), evaluators[0], source, list(samples.values()), same)
+        if read.rap is not None:
+            same["pruned"] = fingerprint(Path(str(read.path)))[:16]
+        facts = facts_of(read, base_source(read, options["model"]), evaluators[0], source, list(samples.values()), same, also)
         if output is None:
             measured = run_entries(evaluators, entries, items, size, options["quiet"])
             _write_card(read, measured, facts, options)
@@ -168,6 +214,25 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
         if options["plot"]:
             plot_results(read_results(file), output)
     return measured, len(items)
+
+
+def _other(name: str, first: Any, first_name: str, options: dict[str, Any]) -> Any:
+    """Another calibration of the same model, read; UsageError if it is none."""
+    from dataclasses import replace
+
+    from ..hub import open_artifact
+
+    other = open_artifact(name)
+    if reason := first.geometry.difference(other.geometry):
+        raise UsageError(f"--also {name} does not belong to {first_name}: {reason}; name artifacts of one model")
+    if first.base_model.get("fingerprint") != other.base_model.get("fingerprint"):
+        raise UsageError(f"--also {name} was compiled for other weights than {first_name}; name artifacts of one model")
+    asked = ("rival", "basis", "span", "window", "allocation", "key_bits", "value_bits", "kv_budget", "max_kl")  # data chooses the rest
+    for option in asked:
+        seen, wanted = getattr(other.method, option), getattr(first.method, option)
+        if seen != wanted:
+            raise UsageError(f"--also {name} has {option} {seen}, {first_name} has {wanted}; only calibration data and seed may differ")
+    return replace(other, method=replace(other.method, fallback_factor=0.0)) if options["no_fallback"] else other
 
 
 def _write_card(artifact: Any, measured: list[Any], facts: dict[str, Any], options: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import click
 
 from .. import aliases
 from ..errors import UsageError
-from ..names import check_fraction
+from ..names import TOKEN_METHODS, check_fraction, refuse_unknown
 from ..parallel import is_main, launched, local_device
 from .completion import DEVICES, DTYPES, complete_model, one_of, paths
 
@@ -30,6 +32,8 @@ from .completion import DEVICES, DTYPES, complete_model, one_of, paths
 @click.option("--no-fallback", is_flag=True, help="Never keep more than planned, however unusual the image.")
 @click.option("--keep-ratio", type=float, help="Another fraction of Key directions than the artifact's plan keeps.")
 @click.option("--kv-budget", type=float, help="Another budget, as a fraction of the dense bytes of coded tokens.")
+@click.option("--token-keep-ratio", type=float, metavar="F", help="Another share of each image's tokens than the artifact's; 1 keeps all.")
+@click.option("--token-method", shell_complete=one_of(TOKEN_METHODS), help="Which tokens stay: fastv, visionzip, divprune or snapkv.")
 @click.option("--adapter", shell_complete=paths("dir"), help="A peft adapter (directory or Hub id) to put on the base weights.")
 @click.option("--attn-implementation", help="What attends tokens that arrive together: sdpa, flash_attention_2, eager.")
 @click.option("--model", shell_complete=complete_model, help="Base weights other than the recorded ones.")
@@ -49,32 +53,51 @@ def command(artifact: str, images: tuple[str, ...], prompt: str, **options: Any)
         raise UsageError(f"--fps {options['fps']:g} belongs to --video; name the folder of frames")
     for name in ("keep_ratio", "kv_budget"):
         check_fraction(f"--{name.replace('_', '-')}", options[name])
+    if options["token_method"] is not None:
+        refuse_unknown("token-method", options["token_method"], TOKEN_METHODS)
+    check_fraction("--token-keep-ratio", options["token_keep_ratio"])
     if options["model"] is not None:
         aliases.refuse_unknown(options["model"])
     from ..answer import answer_once, comparison
-    from ..api import dressed, load_base
+    from ..api import dressed, load_base, load_smaller, refuse_for_pruned
     from ..calibration_data.local import open_named
     from ..hub import open_artifact
     from ..models import choose_device
-    from ..replan import replanned
     from ..runtime.backends import choose_backend
     from ..runtime.enable import enable
+    from ..token_budget import selecting
     from ..video import read_clip
 
     read = open_artifact(artifact, options["revision"])
-    plan = {name: options[name] for name in ("keep_ratio", "kv_budget")}
-    used = read if all(value is None for value in plan.values()) else replanned(read, **plan)
+    tokens = options["token_method"], options["token_keep_ratio"]
+    if read.rap is not None:
+        budgets = ("keep_ratio", "kv_budget", "token_keep_ratio", "token_method")
+        asked_for = {f"--{name.replace('_', '-')}": options[name] for name in budgets}
+        asked_for["--backend"] = None if options["backend"] == "auto" else options["backend"]
+        asked_for["--model"] = None if options["compare_dense"] else options["model"]  # the base, which only a comparison loads
+        refuse_for_pruned(asked_for, read)
+        if launched()[1] > 1:
+            raise UsageError(f"{artifact} is a smaller checkpoint (RAP), which runs in one process; start it without a launcher")
+    else:
+        used = selecting(read, *tokens, keep_ratio=options["keep_ratio"], kv_budget=options["kv_budget"])
     pages = [open_named(name, Path(), f"--image {name}") for name in images]
     clip = read_clip(Path(options["video"]), options["num_frames"], options["fps"]) if options["video"] else None
     device, shared = local_device(options["device"]), launched()[1] > 1  # under torchrun the processes share the model's heads
     choose_backend(options["backend"], choose_device(device))  # refused before weights are loaded
-    model, processor = load_base(read, model=options["model"], dtype=options["dtype"], device=device, tensor_parallel=shared)
+    base = functools.partial(load_base, read, model=options["model"], dtype=options["dtype"], device=device, tensor_parallel=shared)
+    model, processor = base() if read.rap is None else load_smaller(read, dtype=options["dtype"], device=device)
     model = dressed(model, options["attn_implementation"], options["adapter"])
     show = not options["as_json"] and is_main()
-    asked = (model, processor, pages, prompt, options["max_new_tokens"])
-    with enable(model, used, backend=options["backend"], fallback=not options["no_fallback"]):
-        result = answer_once(*asked, stream=show, clip=clip)
-    dense = answer_once(*asked, stream=False, clip=clip) if options["compare_dense"] else None
+    asked = (processor, pages, prompt, options["max_new_tokens"])
+    coded: Any = nullcontext()
+    if read.rap is None:
+        coded = enable(model, used, backend=options["backend"], fallback=not options["no_fallback"])
+    with coded:
+        result = answer_once(model, *asked, stream=show, clip=clip)
+    if read.rap is not None and options["compare_dense"]:
+        del model  # its memory is wanted for the base
+        model = dressed(base()[0], options["attn_implementation"])
+    dense = answer_once(model, *asked, stream=False, clip=clip) if options["compare_dense"] else None
     summary = result.to_json() | {"dense": dense.to_json() if dense else None}
     if not is_main():
         return

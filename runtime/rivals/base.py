@@ -24,6 +24,10 @@ class RivalCoder:
     def shape(self, layer: int) -> LayerGeometry:
         return self.geometry.layers[layer]
 
+    def value_heads(self, layer: int) -> tuple[int, ...]:
+        """Of a method that codes Keys alone: the heads whose Values are its part `values`, native; all but for leank."""
+        return tuple(range(self.shape(layer).kv_heads))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelCoder(RivalCoder):

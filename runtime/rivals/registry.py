@@ -21,6 +21,8 @@ from .hadamard import HadamardCoder
 from .head_drop import HeadDropCoder, most_important
 from .kivi import GROUP, KiviCoder
 from .kqsvd import KqSvdCoder
+from .leank import STEP, LeanKCoder, lean_masks, width_words
+from .native import NativeCoder
 from .paper import PaperCoder
 from .plain import PlainCoder
 from .spark import SparkCoder
@@ -39,28 +41,38 @@ Make = Callable[[str, Geometry, float, State], Coder]
 class Rival:
     """A method that can be asked for by name.
 
-    about: one sentence; learned: needs measured state from an artifact; settings: the options it takes; make: builds a coder
-    at a keep ratio; ratios: every keep ratio that differs, ascending (methods without a knob have one).
+    about: one sentence; learned: which state it needs from an artifact (a key of `State`), empty for none; settings: the options it takes;
+    make: builds a coder at a keep ratio; ratios: every keep ratio that differs, ascending (methods without a knob have one);
+    keys_only: it stores Values as they are, as its part `values`.
     """
 
     name: str
     about: str
     make: Make
     ratios: Callable[[Geometry], Sequence[float]]
-    learned: bool = False
+    learned: str = ""
     settings: tuple[str, ...] = ("kv_budget",)
+    keys_only: bool = False
 
 
 def make_coder(
-    name: str, geometry: Geometry, *, kv_budget: float | None = None, keep_ratio: float | None = None, state: State | None = None
+    name: str,
+    geometry: Geometry,
+    *,
+    kv_budget: float | None = None,
+    keep_ratio: float | None = None,
+    state: State | None = None,
+    tokens: int = PROMISED_FROM,
 ) -> Coder:
     """The coder called `name` for a model.
 
     Args:
         kv_budget: share of the dense bytes; methods with a knob take the largest setting that fits, others must fit as they are.
-        keep_ratio: share kept of Key channels (think, spark), directions (paper, kq-svd), Key bits (svdq) or (layer, KV head) pairs
-            (head-drop).
-        state: learned state, {"knockout": {layer: fp32 [Hkv]}} for head dropping; others ignore it.
+        keep_ratio: share kept of Key channels (think, spark, leank), directions (paper, kq-svd), Key bits (svdq) or (layer, KV head)
+            pairs (head-drop).
+        state: learned state: {"knockout": {layer: fp32 [Hkv]}} for head dropping, {"energy": {layer: [Hkv, D]}} of the Key channels for
+            leank; others ignore it.
+        tokens: of the shortest segment for which the budget has to hold: fewer where images keep a share of their tokens.
 
     Raises:
         UsageError: unknown name, an option the method does not take or misses, a number out of range, a budget it cannot meet
@@ -75,8 +87,8 @@ def make_coder(
         if keep_ratio is not None:
             raise UsageError(f"{name} has no keep ratio; leave it out, or choose one of {', '.join(_with_knob())}")
         coder = rival.make(name, geometry, ratios[0], state)
-        if kv_budget is not None and not _fits(coder, geometry, kv_budget):
-            raise _too_small(name, geometry, kv_budget)
+        if kv_budget is not None and not _fits(coder, geometry, kv_budget, tokens):
+            raise _too_small(name, geometry, kv_budget, tokens)
         return coder
     if (kv_budget is None) == (keep_ratio is None):
         raise UsageError(f"{name} takes a KV budget or a keep ratio, one of the two")
@@ -85,16 +97,24 @@ def make_coder(
             raise UsageError(f"{name} cannot keep {keep_ratio:g}; the smallest keep ratio on this model is {ratios[0]:g}")
         return rival.make(name, geometry, keep_ratio, state)
     assert kv_budget is not None
-    low, high = 0, len(ratios)  # bytes grow with the ratio: ratios[:low] fit, ratios[high:] do not
+    found = largest_fitting(lambda ratio: rival.make(name, geometry, ratio, state), ratios, geometry, kv_budget, tokens)
+    if found is None:
+        raise _too_small(name, geometry, kv_budget, tokens)
+    return found
+
+
+def largest_fitting(
+    make: Callable[[float], Coder], ratios: Sequence[float], geometry: Geometry, kv_budget: float, tokens: int = PROMISED_FROM
+) -> Coder | None:
+    """The coder of the largest of some ascending ratios that meets a budget; bytes grow with the ratio. None if none does."""
+    low, high = 0, len(ratios)  # ratios[:low] fit, ratios[high:] do not
     while low < high:
         middle = (low + high) // 2
-        if _fits(rival.make(name, geometry, ratios[middle], state), geometry, kv_budget):
+        if _fits(make(ratios[middle]), geometry, kv_budget, tokens):
             low = middle + 1
         else:
             high = middle
-    if not low:
-        raise _too_small(name, geometry, kv_budget)
-    return rival.make(name, geometry, ratios[low - 1], state)
+    return make(ratios[low - 1]) if low else None
 
 
 def smallest_budget(name: str, geometry: Geometry, tokens: int = PROMISED_FROM) -> float:
@@ -117,12 +137,12 @@ def worst_share(coder: Coder, geometry: Geometry, tokens: int = PROMISED_FROM) -
     return max(sum(coder.bytes_of(n, layer) for layer in geometry.compressible) / (dense * n) for n in lengths)
 
 
-def _fits(coder: Coder, geometry: Geometry, budget: float) -> bool:
-    return worst_share(coder, geometry) <= budget * (1 + 1e-12)
+def _fits(coder: Coder, geometry: Geometry, budget: float, tokens: int = PROMISED_FROM) -> bool:
+    return worst_share(coder, geometry, tokens) <= budget * (1 + 1e-12)
 
 
-def _too_small(name: str, geometry: Geometry, budget: float) -> UsageError:
-    least = math.ceil(smallest_budget(name, geometry) * 1e5) / 1e5
+def _too_small(name: str, geometry: Geometry, budget: float, tokens: int = PROMISED_FROM) -> UsageError:
+    least = math.ceil(smallest_budget(name, geometry, tokens) * 1e5) / 1e5
     return UsageError(f"{name} cannot meet a KV budget of {budget:g}; the smallest it can on this model is {least:g}")
 
 
@@ -174,6 +194,10 @@ def _plain(bits: int) -> Make:
     return lambda name, geometry, ratio, state: PlainCoder(name=name, geometry=geometry, bits=bits)
 
 
+def _native(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+    return NativeCoder(name=name, geometry=geometry)
+
+
 def _fp8(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
     return Fp8Coder(name=name, geometry=geometry)
 
@@ -219,6 +243,16 @@ def _of_directions(kind: Callable[..., RankCoder]) -> Make:
     return make
 
 
+def _lean_ratios(geometry: Geometry) -> Sequence[float]:
+    return [n / LEAN_SHARES for n in range(LEAN_SHARES + 1)]
+
+
+def _leank(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+    require_head_dim(name, geometry, lambda dim: dim % STEP == 0, f"a multiple of {STEP}")
+    masks = lean_masks(geometry, ratio, state.get("energy"))
+    return LeanKCoder(name=name, geometry=geometry, masks=masks, setting=width_words(masks, geometry))
+
+
 def _bit_shares(geometry: Geometry) -> Sequence[float]:
     return SHARES
 
@@ -229,6 +263,7 @@ def _svdq(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
     return SvdqCoder(name=name, geometry=geometry, bits=bits, setting=f"{sum(bits) / GROUPS:g} bits a number")
 
 
+LEAN_SHARES = 64  # steps of the share that leank's threshold lets through, before widths are rounded
 _KNOB = ("kv_budget", "keep_ratio")
 RIVALS: dict[str, Rival] = {
     rival.name: rival
@@ -240,43 +275,60 @@ RIVALS: dict[str, Rival] = {
         Rival("kivi2", "KIVI, 2 bit: Keys per channel, Values per token, groups of 32", _kivi(2), _once),
         Rival("hadamard4", "Hadamard rotation, then 4-bit codes per token and head", _hadamard(4), _once),
         Rival("hadamard2", "Hadamard rotation, then 2-bit codes in groups of 32 channels", _hadamard(2), _once),
-        Rival("head-drop", "the most important KV heads at 4 bit, the rest as means", _head_drop(4), _head_ratios, True, _KNOB),
-        Rival("head-drop-native", "the most important KV heads native, the rest as means", _head_drop(None), _head_ratios, True, _KNOB),
+        Rival("head-drop", "the most important KV heads at 4 bit, the rest as means", _head_drop(4), _head_ratios, "knockout", _KNOB),
+        Rival(
+            "head-drop-native", "the most important KV heads native, the rest as means", _head_drop(None), _head_ratios, "knockout", _KNOB
+        ),
         Rival(
             "think",
             "ThinK: Key channels that queries do not look at are dropped, Values native",
             _of_channels(ThinkCoder),
             _channel_ratios,
-            False,
-            _KNOB,
+            settings=_KNOB,
+            keys_only=True,
         ),
         Rival(
             "paper",
             "RotateK as published: one rotation per image, uniform rank, Values native",
             _of_directions(PaperCoder),
             _rank_ratios,
-            False,
-            _KNOB,
+            settings=_KNOB,
+            keys_only=True,
         ),
         Rival(
             "spark-sign",
             "SparK: a token's own Key channels, the rest by sign and size",
             _of_channels(SparkCoder, signs=True),
             _channel_ratios,
-            False,
-            _KNOB,
+            settings=_KNOB,
+            keys_only=True,
         ),
         Rival(
             "spark-mean",
             "SparK: a token's own Key channels, the rest as their mean",
             _of_channels(SparkCoder, signs=False),
             _channel_ratios,
-            False,
-            _KNOB,
+            settings=_KNOB,
+            keys_only=True,
         ),
-        Rival("svdq", "SVDq: Keys along their singular vectors, more bits for larger ones", _svdq, _bit_shares, False, _KNOB),
+        Rival("svdq", "SVDq: Keys along their singular vectors, more bits for larger ones", _svdq, _bit_shares, "", _KNOB, True),
         Rival(
-            "kq-svd", "KQ-SVD: the Keys of a rank that come nearest in their logits", _of_directions(KqSvdCoder), _rank_ratios, False, _KNOB
+            "kq-svd",
+            "KQ-SVD: the Keys of a rank that come nearest in their logits",
+            _of_directions(KqSvdCoder),
+            _rank_ratios,
+            settings=_KNOB,
+            keys_only=True,
         ),
+        Rival(
+            "leank",
+            "LeanK, from calibrated moments: a static mask of Key channels, widths in steps of 32",
+            _leank,
+            _lean_ratios,
+            "energy",
+            _KNOB,
+            True,
+        ),
+        Rival("native", "Keys and Values as they are: what token selection alone keeps", _native, _once),
     )
 }

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import bench_decode
+import decode_baselines
 import decode_cases
 import decode_curves
 import decode_timing
@@ -21,7 +22,7 @@ FACTS = {"device": "GPU", "torch": "2", "triton": "3", "cudnn": "9", "copy_TBps"
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    for module in (bench_decode, decode_cases, decode_timing):
+    for module in (bench_decode, decode_baselines, decode_cases, decode_timing):
         monkeypatch.setattr(module, "place", lambda: "cpu")
 
 
@@ -183,8 +184,41 @@ def test_dry_run_of_the_main_table(on_the_cpu, monkeypatch, capsys, tmp_path):
     bench_decode.main()
     rows = print_decode.read(tmp_path / "bench_decode.csv")
     methods = ["SDPA cuDNN", "SDPA flash", "ours r32", "ours r32 two-part", "ours dense", "ours K 32x4 V 64x4"]
+    methods += ["FlexAttention", "FlexAttention thin K 32"]
     assert [row["method"] for row in rows] == methods and rows[0]["read_MB"] == "0.7"
-    assert "host time of one call" in capsys.readouterr().out
+    assert rows[6]["read_MB"] == "0.7" and rows[7]["read_MB"] == "0.4" and 0 < float(rows[7]["error"]) < 2e-2
+    assert [print_decode.is_dense(row) for row in rows] == [True, True, *[False] * 4, True, False]
+    out = capsys.readouterr().out
+    assert "host time of one call" in out and "FlashInfer fa2: does not run here (the package flashinfer-python is not installed)" in out
+    assert "the fastest dense kernel" in " ".join(print_decode.rates([row | {"B": 1} for row in mixed_too(rows)]))
+
+
+def mixed_too(rows):
+    """Rows with those that `rates` speaks of."""
+    names = (print_decode.MIXED, *print_decode.BITS[8], *print_decode.BITS[4][:1])
+    return rows + [rows[2] | {"method": name} for name in names]
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_flex_attention_over_thin_keys(on_the_cpu, append):
+    """The newest Key and Value go to the last place; the error is that of another formulation."""
+    case = Case(2, 40, 8, 2)
+    steps = decode_baselines.FAMILIES["flex"]["FlexAttention thin K 32"](case, 2, append)
+    query, key, value, new_key, new_value = steps[1].args
+    assert query.shape == (2, 8, 1, 32) and key.shape == (2, 2, 40, 32) and value.shape == (2, 2, 40, 128)
+    new_key.fill_(3), new_value.fill_(5)
+    assert steps[1]().shape == (2, 8, 1, 128)
+    assert bool((key[:, :, -1] == 3).all() & (value[:, :, -1] == 5).all()) is append
+    assert decode_baselines.step_error(steps[0], case) < 1e-2
+    steps[0].args[2][0, 0, 7] += 9
+    wrong = decode_baselines.partial(lambda *args: steps[0]() + 1, *steps[0].args)
+    assert decode_baselines.step_error(wrong, case) > 0.05
+
+
+def test_baselines_that_do_not_run_are_named():
+    assert "power of two" in decode_baselines.missing("flex", Case(1, 64, 28, 4))
+    assert decode_baselines.missing("flex", Case(1, 64)) is None
+    assert "flashinfer-python" in decode_baselines.missing("flashinfer", Case(1, 64))
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,45 @@ def test_modes_are_told_apart(table, capsys):
     assert lines[-1].endswith("| - | - | - | - | int4, 0.2656 | 0.0e+00 | - [-, -] |")
 
 
+@pytest.fixture
+def proof(table):
+    """The table with a method of the Keys alone and ours beside it, of three calibrations."""
+    with table.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    int4 = next(row for row in rows if (row["method"], row["ask"], row["skill"]) == ("int4", "after", "all"))
+    think = int4 | {"method": "think", "axis": "keys", "key_budget": 0.25, "requested_budget": 0.625, "kv_budget": 0.625}
+    rival = {"rival": "think", "rival_span": 0.62, "rival_kl": 0.5, "rival_ratio": 0.4, "rival_low": 0.3, "rival_high": 0.6, "above": ""}
+    ours = think | {"method": "rotatek", "setting": "Keys 0.25, Values raw", "calibrations": 3} | rival
+    rows += [
+        think,
+        ours,
+        int4 | {"method": "raw Keys", "setting": "Values int4", "axis": "values", "requested_budget": "", "kv_budget": ""},
+    ]
+    with table.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return table
+
+
+@pytest.mark.parametrize("versus", [False, True])
+def test_axes_are_tables_of_their_own(proof, monkeypatch, capsys, versus):
+    printer = script("print_suite")
+    lines = [line for line in proof.read_text().splitlines() if not line.startswith("with,")]
+    proof.write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(sys, "argv", ["print_suite", str(proof), *(["--versus"] if versus else [])])
+    assert printer.main() == 0
+    out = capsys.readouterr().out
+    assert out.startswith("m, 7 documents of d, 3 calibrations, cpu, float32")
+    keys, _, values = out.partition("Keys at equal bytes, Values raw on both sides:")[2].partition("Keys raw, Values at 4 bits:")
+    assert "| Keys | ours | coded span |" in keys
+    assert (
+        "| 1/4 | rotatek, Keys 0.25, Values raw | 0.3000 | 5.0e-01 | think, 0.6200 | 5.0e-01 | 0.4 [0.3, 0.6] | yes | - | - | - |" in keys
+    )
+    assert ("| raw Keys, Values int4 |" in values) != versus and ("| dense |" in keys) != versus
+    assert "int4" not in keys
+
+
 def test_models_beside_each_other(table, monkeypatch, capsys):
     other = table.with_name("other.csv")
     lines = [line for line in table.read_text().splitlines() if not line.startswith(("after,dense", "with,dense"))]

@@ -37,7 +37,7 @@ def test_names_are_those_of_the_registry():
         (("eval", "a", "--data", "char"), ("charts", "chartqa")),
         (("eval", "a", "--method", "head"), ("head-drop", "head-drop-native")),
         (("eval", "a", "--ask", ""), ("after", "with")),
-        (("eval", "a", "--suite", ""), ("rivals",)),
+        (("eval", "a", "--suite", ""), ("rivals", "proof")),
         (("run", "a", "--backend", "t"), ("triton", "torch")),
         (("run", "a", "--dtype", "f"), ("float32", "float16")),
     ],

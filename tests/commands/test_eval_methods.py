@@ -85,8 +85,9 @@ def test_own_bases_at_budgets_beside_a_rival(cli, measured, data_file):
         (["--kv-budget", "0.5"], "--kv-budget says how a --method is to be run"),
         (["--method", "rotatek"], "--method rotatek needs --kv-budget or --keep-ratio"),
         (["--method", "rotatek", "--kv-budget", "0.001"], "--kv-budget 0.001 "),
-        (["--suite", "all", "--output", "x"], "unknown --suite 'all'; choose one of rivals"),
-        (["--suite", "rival"], "unknown --suite 'rival'; choose one of rivals"),
+        (["--suite", "all", "--output", "x"], "unknown --suite 'all'; choose one of rivals, proof"),
+        (["--suite", "rival"], "unknown --suite 'rival'; choose one of rivals, proof"),
+        (["--also", "x"], "--also adds calibrations to a suite; choose one with --suite"),
         (["--suite", "rivals"], "--suite writes files; say where with --output DIR"),
         (["--suite", "rivals", "--output", "x", "--method", "int4"], "--suite and --method contradict each other"),
         (["--quick", "--num-samples", "5"], "--quick and --num-samples contradict each other"),
@@ -151,6 +152,30 @@ def test_suite_files_and_resuming(cli, measured, make_checkpoint, data_file, tmp
     assert "made with weights" in said  # of the same name and geometry
 
 
+def test_proof_over_two_calibrations(cli, measured, data_file, tmp_path):
+    """The same artifact twice: what depends on calibration has two, of which the interval knows nothing new."""
+    arguments = ("eval", measured, "--data", data_file, "--max-new-tokens", 1, "--device", "cpu", "--num-samples", 1, "--ask", "after")
+    ended = cli(*arguments, "--suite", "proof", "--also", measured, "--output", tmp_path / "out", "--json")
+    rows = json.loads(ended.out)["rows"]
+    assert {row["axis"] for row in rows} >= {"kv"} and {row["calibrations"] for row in rows} == {1, 2}
+    assert {row["method"] for row in rows if row["calibrations"] == 2} >= {"artifact", "rotatek", "head-drop", "leank"}
+    assert {row["method"] for row in rows if row["calibrations"] == 1} >= {"dense", "int4", "kivi2"}
+    assert all(row["samples"] == 1 for row in rows)
+    with (tmp_path / "out" / "results.csv").open(newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert len(table) == len(rows) and {row["calibrations"] for row in table} == {"1", "2"}
+    header = json.loads((tmp_path / "out" / "documents.jsonl").read_text().splitlines()[0])["evaluation"]
+    assert header["also"] == [header["artifact"]] and sum(label.endswith(" #2") for label in header["methods"]) > 5
+
+
+def test_another_calibration_must_be_of_the_same_model(cli, measured, unmeasured, make_checkpoint, data_file, tmp_path):
+    other = ("--model", make_checkpoint(seed=3), "--calib", data_file, "--keep-ratio", 0.5, "-o", tmp_path / "other")
+    assert cli("compile", *other, "--num-samples", 2, "--sensitivity-samples", 1, "--device", "cpu").code == 0
+    suite = ("eval", measured, "--data", data_file, "--device", "cpu", "--suite", "proof", "--output", tmp_path / "out")
+    assert "was compiled for other weights than" in cli(*suite, "--also", tmp_path / "other").sentence(2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_resuming_nothing_is_told(cli, measured, data_file, tmp_path):
     ended = cli("eval", measured, "--data", data_file, *QUICK, "--output", tmp_path / "new", "--resume")
     note = f"warning: --resume: nothing saved in {tmp_path / 'new'}, starting anew"
@@ -177,3 +202,20 @@ def test_quick_asks_few_documents(cli, measured, tmp_path, data_file):
     from rotatek_compile.suite import QUICK_DOCUMENTS
 
     assert f"Only {QUICK_DOCUMENTS} documents" in cli("eval", "--help").out
+
+
+def test_token_selection(cli, measured, data_file):
+    more = ("--method", "native", "--method", "rotatek", "--kv-budget", 0.4, "--token-method", "fastv", "--token-keep-ratio", 0.75)
+    result = json.loads(cli("eval", measured, "--data", data_file, *QUICK, *more, "--json").out)
+    alone, joint = result["rows"][2:]
+    assert (alone["method"], joint["method"]) == ("native", "rotatek")
+    assert joint["setting"] == "fastv, 0.75 of the tokens, KV budget 0.4" and joint["requested_budget"] == 0.4
+    assert alone["span_bytes"] <= 0.4 * alone["span_bytes_dense"] and alone["kl"] > 0
+    for words, said in (
+        (("--token-method", "h2o"), "unknown --token-method 'h2o'"),
+        (("--token-keep-ratio", 0.5), "say which with --token-method"),
+        (("--token-method", "fastv"), "say how many with --token-keep-ratio"),
+        (("--token-method", "fastv", "--token-keep-ratio", 2), "out of range"),
+    ):
+        ended = cli("eval", measured, "--data", data_file, *QUICK, *words)
+        assert ended.code == 2 and said in ended.err

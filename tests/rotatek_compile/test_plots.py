@@ -40,6 +40,20 @@ def test_budgets_and_keep_ratios_are_two_curves(tmp_path):
     assert drawn.count("<!-- rotatek -->") == 1 and drawn.count("<!-- rotatek, uniform ranks -->") == 1
 
 
+def test_axes_have_figures_of_their_own(tmp_path):
+    """A method of Keys alone beside raw Values is no point among plans of both."""
+    pytest.importorskip("matplotlib")
+    keys = [row("think", 75, 0.8, 0.2) | {"axis": "keys"}, row("think", 62, 0.7, 0.3) | {"axis": "keys"}]
+    values = [row("raw Keys", 60, 0.9, 0.01) | {"axis": "values"}]
+    written = plot_results([*ROWS[:3], *keys, *values], tmp_path)
+    names = {file.name for file in written}
+    assert names == {f"{m}{a}.{s}" for m in ("exact_match", "kl") for a in ("", "-keys") for s in ("png", "svg")}
+    drawn = {name: (tmp_path / name).read_text() for name in ("kl.svg", "kl-keys.svg")}
+    assert "<!-- think -->" in drawn["kl-keys.svg"] and "<!-- think -->" not in drawn["kl.svg"]
+    assert "<!-- int4 -->" in drawn["kl.svg"] and "<!-- int4 -->" not in drawn["kl-keys.svg"]
+    assert "Values raw" in drawn["kl-keys.svg"]
+
+
 def test_no_such_skill(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(RotateKError, match="no row of skill 'chart'"):

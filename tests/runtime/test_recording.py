@@ -14,7 +14,10 @@ from rotatek_compile.runtime.recording import LayerRecord, fill, record, stock_c
 from rotatek_compile.runtime.rivals.registry import RIVALS, make_coder
 
 MIXED = [[8, 24], [0, 16], [0, 0]]
-STATE = {"knockout": {i: torch.tensor([0.5, 1.0]) for i in range(3)}}
+STATE = {
+    "knockout": {i: torch.tensor([0.5, 1.0]) for i in range(3)},
+    "energy": {i: torch.rand(2, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)},
+}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,9 @@ def made(kv_heads=2, head_dim=128, layers=3, sliding=()):
 
 def state_of(geometry):
     generator = torch.Generator().manual_seed(0)
-    return {"knockout": {i: torch.rand(geometry.layers[i].kv_heads, generator=generator) for i in geometry.compressible}}
+    shapes = {i: (geometry.layers[i].kv_heads, geometry.layers[i].head_dim) for i in geometry.compressible}
+    knockout = {i: torch.rand(heads, generator=generator) for i, (heads, _) in shapes.items()}
+    return {"knockout": knockout, "energy": {i: torch.rand(shape, generator=generator) for i, shape in shapes.items()}}
 
 
 def share(coder, geometry, tokens):
@@ -82,6 +84,7 @@ def test_smallest_budgets_by_hand():
         "spark-mean": (2 * 129 + 2 + 16) / 512,
         "svdq": (512 * (16 * 2 // 8 + 256) + 16 * (4 + 256) + 4 * 128) / (512 * 512),
         "kq-svd": 2 * (512 * 136 + 128 * 8) / (512 * 512),
+        "leank": 8 * 128 / (512 * 512),  # mean Key and mean Value of every head
     }
     for name, number in expected.items():
         assert smallest_budget(name, geometry) == pytest.approx(number, rel=1e-12), name
@@ -100,6 +103,8 @@ def test_smallest_budgets_by_hand():
         ("int8", {"kv_budget": 0.0}, "KV budget of 0 is out of range"),
         ("int8", {"kv_budget": 0.5}, "the smallest it can on this model is 0.51563"),
         ("paper", {"keep_ratio": 0.01}, "paper cannot keep 0.01; the smallest keep ratio on this model is 0.0625"),
+        ("leank", {"keep_ratio": 0.5}, "leank needs calibrated energies of the channels and layer 0 has none"),
+        ("leank", {"keep_ratio": 0.5, "state": {"energy": {0: torch.ones(2, 3)}}}, r"must be finite numbers \[2, 128\], got \[2, 3\]"),
         ("head-drop", {"kv_budget": 0.2}, "needs measured knock-outs and layer 0 has none"),
         ("head-drop", {"kv_budget": 0.2, "state": {"knockout": {0: torch.ones(3)}}}, "layer 0 must be 2 finite numbers"),
         ("head-drop", {"kv_budget": 0.2, "state": {"knockout": {0: torch.tensor([1.0, torch.nan])}}}, "layer 0 must be 2 finite numbers"),
@@ -117,15 +122,20 @@ def test_head_dims_a_method_cannot_code():
         make_coder("kivi4", made(2, 80))
     with pytest.raises(UsageError, match="svdq needs a head_dim that is a multiple of 8, this model has 36"):
         make_coder("svdq", made(2, 36), keep_ratio=0.5)
+    with pytest.raises(UsageError, match="leank needs a head_dim that is a multiple of 32, this model has 80"):
+        make_coder("leank", made(2, 80), keep_ratio=0.5, state=state_of(made(2, 80)))
     assert make_coder("kivi4", made(2, 96)).bytes_of(32, 0) == 2 * (96 * 20 + 32 * (48 + 12))
 
 
 def test_the_registry():
     assert list(RIVALS) == [
         "int8", "int4", "fp8", "kivi4", "kivi2", "hadamard4", "hadamard2", "head-drop", "head-drop-native", "think", "paper",
-        "spark-sign", "spark-mean", "svdq", "kq-svd",
+        "spark-sign", "spark-mean", "svdq", "kq-svd", "leank", "native",
     ]  # fmt: skip
-    assert [name for name, rival in RIVALS.items() if rival.learned] == ["head-drop", "head-drop-native"]
+    learned = {name: rival.learned for name, rival in RIVALS.items() if rival.learned}
+    assert learned == {"head-drop": "knockout", "head-drop-native": "knockout", "leank": "energy"}
+    alone = ["think", "paper", "spark-sign", "spark-mean", "svdq", "kq-svd", "leank"]
+    assert [name for name, rival in RIVALS.items() if rival.keys_only] == alone
     assert all(rival.settings[0] == "kv_budget" and rival.about for rival in RIVALS.values())
     geometry = made()
     for name, rival in RIVALS.items():

@@ -1,0 +1,222 @@
+"""What text costs after it has been attended: appending a token, and moving old text out of the window, raw or coded.
+
+    python benchmarks/bench_retire.py --output benchmarks/results [--seconds 120]
+    python benchmarks/bench_retire.py --small --output /tmp/small              # the same path with short caches, also without a GPU
+
+One layer with 32 query and 8 KV heads of 128 in bf16, an artifact with K 32x8, V 128x8. The cache is filled with pages; then every row's
+window holds so much text more than its size that a block leaves it. Columns, all for one layer:
+
+- attend_us: decode attention of one token in a CUDA graph, without the append; append_us: what the append in the launch adds.
+- block: tokens that leave at once: 64 in plain steps, up to 256 between two captured stretches.
+- retire_us: the wall time of leaving (encoding, moving, the pool, the new work list), all rows together, until the GPU is done;
+  busy_us: of this what kernels and copies take on the GPU.
+- share: append and leaving per token, over attention. The target is 0.05 from 134 MB of dense cache per layer up.
+
+Before anything is timed, attention over the cache after text has left is checked against the specification in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_full_size import llava_next, random_model  # noqa: E402
+from decode_timing import facts, graph_us  # noqa: E402
+from step_caches import artifact_of, fill_ours  # noqa: E402
+
+from rotatek_compile.artifact import Artifact
+from rotatek_compile.geometry import geometry_of
+from rotatek_compile.kernels.decode_torch import decode_attention_torch
+from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.runtime.enable import enable
+
+POINTS = ((1, 32768), (8, 4096), (8, 8192), (32, 4096), (8, 32768), (32, 16384))  # batch, tokens: 134 MB of dense cache and more
+KEYS, VALUES = Slabs(0, 32, 0), Slabs(0, 128, 0)
+BLOCKS, ROUNDS = (64, 256), 4
+LIMIT = 2e-2
+COLUMNS = ("batch", "tokens", "dense_MB", "span", "block", "attend_us", "append_us", "retire_us", "busy_us", "share", "error")
+
+
+def model_of_one_layer(small: bool, device: torch.device) -> Any:
+    """LLaVA-NeXT with one layer of Mistral-7B's attention and hardly anything else."""
+    config = llava_next(small=True)
+    text = config.text_config
+    text.num_hidden_layers, text.hidden_size = 1, 64
+    if not small:
+        text.num_attention_heads, text.num_key_value_heads, text.head_dim = 32, 8, 128
+    return random_model(config, device)
+
+
+def with_text(artifact: Artifact) -> Artifact:
+    """The same artifact for `--span all`: text is coded in the bases of images."""
+    tensors = {name.replace(".visual.", ".text."): x.clone() for name, x in artifact.tensors.items() if ".visual." in name}
+    return replace(artifact, method=replace(artifact.method, span="all"), tensors=artifact.tensors | tensors)
+
+
+def wall_us(act: Callable[[], object], device: torch.device) -> float:
+    """Microseconds until the device is done."""
+    wait(device)
+    start = time.perf_counter()
+    act()
+    wait(device)
+    return (time.perf_counter() - start) * 1e6
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def busy_us(act: Callable[[], object], device: torch.device) -> float:
+    """Microseconds that kernels and copies take on the GPU; NaN without one."""
+    if device.type != "cuda":
+        act()
+        return float("nan")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        act()
+        wait(device)
+    return float(sum(event.self_device_time_total for event in profile.key_averages()))
+
+
+class Bench:
+    """One layer's cache with `batch` rows of `tokens` tokens."""
+
+    def __init__(self, model: Any, cache: Any, batch: int, tokens: int) -> None:
+        self.geometry, self.like = geometry_of(model.config), next(model.parameters())
+        self.device = self.like.device
+        fill_ours(cache, self.geometry, batch, tokens, self.like)
+        self.layer, self.batch = cache.layers[0], batch
+        shape = self.geometry.layers[0]
+        self.query = self.random(batch, shape.query_heads, 1, shape.head_dim)
+        self.new = tuple(self.random(batch, shape.kv_heads, 1, shape.head_dim) for _ in "kv")
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.like.dtype)
+
+    def fill_windows(self, tokens: int) -> None:
+        """So many tokens of text in every window."""
+        store, shape = self.layer.store, self.geometry.layers[0]
+        for row in range(self.batch):
+            missing = tokens - int(store.window.host[row])
+            store.window.append_row(row, *(self.random(shape.kv_heads, missing, shape.head_dim) for _ in "kv"))
+
+    def view(self) -> Any:
+        return self.layer.store.view(splits=self.layer.backend.needs_splits)
+
+    def retire(self) -> None:
+        """Old text leaves the windows, and the next step's view is made, as in a step."""
+        self.layer._retire()
+        self.view()
+
+    def attend(self, append: bool) -> Tensor:
+        """One token's attention, by Triton where there is a GPU; without append its numbers are there already."""
+        view = self.view()
+        if self.device.type != "cuda":
+            return decode_attention_torch(self.query, view, 0.09)
+        from rotatek_compile.kernels.decode import decode_attention
+
+        return decode_attention(self.query, view, 0.09, new=self.new if append else None)
+
+    def error(self) -> float:
+        """Of the first and the last row, against float64."""
+        found, worst = self.attend(False), 0.0
+        view = self.view()
+        for row in {0, self.batch - 1}:
+            one = slice(row, row + 1)
+            cut = {"table": view.table[one], "window_lengths": view.window_lengths[one]}
+            own = replace(view, **cut, window_keys=view.window_keys[one], window_values=view.window_values[one])
+            expected = decode_attention_torch(self.query[one].double(), own, 0.09)
+            worst = max(worst, float((found[one].double() - expected).abs().max() / expected.abs().max()))
+        return worst
+
+
+def rows_at(model: Any, batch: int, tokens: int, span: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Both blocks of one point.
+
+    Raises:
+        SystemExit: attention over the cache is wrong after text has left.
+    """
+    geometry = geometry_of(model.config)
+    artifact = (
+        artifact_of(geometry, KEYS, VALUES)
+        if geometry.layers[0].head_dim >= 128
+        else artifact_of(geometry, Slabs(0, 8, 0), Slabs(0, 16, 0))
+    )
+    rows = []
+    with enable(model, with_text(artifact) if span == "all" else artifact, graphs=False) as enabled:
+        cache = enabled.new_cache()
+        bench = Bench(model, cache, batch, tokens)
+        window = artifact.method.window
+        for block in BLOCKS:
+            walls, busy = [], float("nan")
+            for number in range(rounds + 2):
+                bench.fill_windows(window + block)
+                if number == rounds + 1:
+                    busy = busy_us(bench.retire, bench.device)
+                else:
+                    walls.append(wall_us(bench.retire, bench.device))
+            error = bench.error()
+            if not error < LIMIT:
+                sys.exit(f"B {batch}, T {tokens}, span {span}: error {error:.2e} after text has left, limit {LIMIT}")
+            attend, appended = (graph_us([lambda append=append: bench.attend(append)] * 2, ahead=True) for append in (False, True))
+            retire = sorted(walls[1:])[len(walls[1:]) // 2]
+            shape = geometry.layers[0]
+            row = {"batch": batch, "tokens": tokens, "dense_MB": batch * tokens * shape.kv_heads * shape.head_dim * 4 / 1e6, "span": span}
+            row |= {"block": block, "attend_us": attend, "append_us": appended - attend, "retire_us": retire, "busy_us": busy}
+            rows.append(row | {"share": (appended - attend + retire / block) / attend, "error": error})
+            print("  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    return rows
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure, save, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="short caches, to try the path")
+    parser.add_argument("--seconds", type=float, default=120, help="begin no point after so long")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    began = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.small else "cpu")
+    model, record = model_of_one_layer(args.small, device), facts()
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for batch, tokens in ((2, 200),) if args.small else POINTS:
+        for span in ("visual", "all"):
+            if time.perf_counter() - began > args.seconds:
+                print(f"  B {batch}, T {tokens}, span {span}: no time left")
+                continue
+            rows += [row | record for row in rows_at(model, batch, tokens, span)]
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            with (args.output / "retire.csv").open("w", newline="") as stream:
+                writer = csv.DictWriter(stream, [*COLUMNS, *record], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    print("\n".join(table(rows)))
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Shares of attention as markdown."""
+    first = rows[0]
+    lines = [f"{first['device']}, torch {first['torch']}, Triton {first['triton']}; one layer, us", ""]
+    lines += ["| B | T | dense MB | text | tokens at once | attention | append | leaving, wall | leaving, GPU | share |", "|" + "---|" * 10]
+    for row in rows:
+        cells = [str(row["batch"]), str(row["tokens"]), f"{float(row['dense_MB']):.0f}", "raw" if row["span"] == "visual" else "coded"]
+        cells += [str(row["block"]), *(f"{float(row[name]):.1f}" for name in ("attend_us", "append_us", "retire_us", "busy_us"))]
+        lines.append("| " + " | ".join([*cells, f"{float(row['share']):.3f}"]) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

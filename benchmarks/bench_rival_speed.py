@@ -1,0 +1,185 @@
+"""What decode attention costs for rivals with a structure to exploit, beside ours and SDPA, and at which accuracy.
+
+    python benchmarks/bench_rival_speed.py --output benchmarks/results/rival_speed.csv      # one GPU, under three minutes
+    python benchmarks/bench_rival_speed.py --print benchmarks/results/rival_speed.csv --results benchmarks/results/proof-tiny-llava-next.csv
+
+bf16, 32 query and 8 KV heads, D 128; from post-RoPE queries to the attention output, in a CUDA graph over two layers. Rivals are attended
+by the kernels of rival_kernels.py over what their own coders store; each has the best of a few tiles and splits. Ours has a raw window of
+128 tokens, rotation of the query and un-rotation of the output in its time, and no choice of launch; rivals have no window, which helps
+them. ThinK as it is published (and in kvpress) zeroes channels in a cache of full width: its time is that of SDPA. Every kernel is checked
+against attention over the rebuilt Keys and Values before it is timed. Without a GPU: TRITON_INTERPRET=1 and a small shape, no figures.
+
+With --results the table has what each setting costs in answers too: KL per token at the nearest setting of that method in an evaluation of
+`rotatek-eval --suite proof` or `rivals`, question asked after compression. So rows of about the same KL are to be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode_cases import BASELINES, CONFIGURATIONS, Case, baseline, dense_steps, make_layer, our_steps, place, timed_shape_error
+from decode_timing import facts, graph_us, multiprocessors
+from measuring import read_csv, write_csv
+
+from rotatek_compile.errors import RotateKError
+from rotatek_compile.kernels import table
+from rotatek_compile.suite import ALL, read_results
+
+SHAPES = ((1, 32768), (8, 8192), (32, 4096))
+KEPT = {"think": (64, 32, 16), "spark-mean": (64, 32, 16), "spark-sign": (64, 32, 16), "kivi4": (0,), "kivi2": (0,)}
+OURS = ("r64", "r32", "K 64x8 V 128x8", "K 32x4 V 128x4", "K 32x4 V 64x4")
+LAUNCHES = ((64, 4), (128, 8))  # tokens of a tile, warps
+LIMIT = 2e-2  # relative error of bf16 attention
+HEADS, LAYERS = 8, 2
+Rows = list[dict[str, Any]]
+
+
+def rival_rows(batch: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """Every rival at its settings, and the skeleton over a dense cache."""
+    from rival_kernels import Launch, attention, splits_for
+    from rival_speed_cases import coded, dense, drawn, expected
+
+    keys, values, query = drawn(batch * HEADS, tokens, place(), torch.bfloat16 if place() == "cuda" else torch.float32)
+    for name, count in (("skeleton dense", 0), *((name, count) for name, counts in KEPT.items() for count in counts)):
+        plain = name == "skeleton dense"
+        stored, segment = (dense(keys, values), None) if plain else coded(name, count, keys, values, query)
+        wanted = expected(query[:2], lambda: (keys[:2], values[:2])) if segment is None else None
+        if segment is not None:
+            few = coded(name, count, keys[:2], values[:2], query[:2])[1]  # of two heads: all rebuilt would not fit beside the rest
+            wanted = expected(query[:2], few.rebuild)
+            del segment, few
+        copies = [
+            stored,
+            *(type(stored)(**{**vars(stored), "parts": {k: v.clone() for k, v in stored.parts.items()}}) for _ in range(LAYERS - 1)),
+        ]
+        best: dict[str, Any] = {}
+        for tile, warps in LAUNCHES:
+            launch = Launch(tile, splits_for(batch * HEADS, tokens, multiprocessors(), tile), warps)
+            got = attention(query, stored, launch)[:2].double()
+            assert wanted is not None
+            error = float((got - wanted).norm() / wanted.norm())
+            if not error < LIMIT:
+                raise RotateKError(f"{name} {count} at B {batch}, T {tokens}, {launch}: error {error:.2e}, limit {LIMIT}")
+            us = graph_us([partial(attention, query, one, launch) for one in copies], enough_ms=60)
+            if not best or us < best["graph_us"]:
+                best = {"graph_us": us, "error": error, "launch": f"{launch.tile}x{launch.splits}x{launch.warps}"}
+        yield {"method": name, "kept": count or "", "read_MB": stored.bytes() / 1e6, **best}
+        del stored, copies
+        if place() == "cuda":
+            torch.cuda.empty_cache()
+
+
+def our_rows(batch: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """SDPA and ours, as bench_decode.py times them."""
+    case = Case(batch, tokens)
+    for name in BASELINES:
+        with baseline(name):
+            yield {
+                "method": name,
+                "kept": "",
+                "read_MB": case.dense_bytes / 1e6,
+                "graph_us": graph_us(dense_steps(case, LAYERS, False), enough_ms=60),
+            }
+    for name in OURS:
+        key, value = CONFIGURATIONS[name]
+        layers = [make_layer(case, key, value, seed) for seed in range(LAYERS)]
+        programs = table.programs_for(layers[0].host_table, multiprocessors())
+        layers = [layer.planned(programs) for layer in layers]
+        error = timed_shape_error(layers[0])
+        if not error < LIMIT:
+            raise RotateKError(f"ours {name} at B {batch}, T {tokens}: error {error:.2e}, limit {LIMIT}")
+        us = graph_us(our_steps(layers, False), enough_ms=60)
+        yield {"method": f"ours {name}", "kept": "", "read_MB": case.read_bytes(key, value) / 1e6, "graph_us": us, "error": error}
+
+
+def measure(args: argparse.Namespace) -> Rows:
+    """All shapes; the file grows as rows come, so that a run that is cut off leaves what it has."""
+    rows: Rows = []
+    seen = facts()
+    names = ("B", "T", "method", "kept", "read_MB", "graph_us", "ratio", "error", "launch", *seen)
+    for batch, tokens in args.shapes:
+        own: Rows = []
+        for row in (*our_rows(batch, tokens), *rival_rows(batch, tokens)):
+            own.append({"B": batch, "T": tokens, **row})
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in own[-1].items()), flush=True)
+        dense = min(row["graph_us"] for row in own if row["method"] in BASELINES)
+        rows += [row | {"ratio": dense / row["graph_us"]} | seen for row in own]
+        if args.output:
+            write_csv(args.output, [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], names)
+    return rows
+
+
+def losses(results: list[dict[str, str]]) -> dict[tuple[str, float], tuple[float, float]]:
+    """KL per token by method and by share of the coded span that it stores, from an evaluation: {(method, share): (KL, exact match)}."""
+    found = {}
+    for row in results:
+        if row["skill"] == ALL and row["ask"] == "after" and float(row["span_bytes_dense"] or 0):
+            share = float(row["span_bytes"]) / float(row["span_bytes_dense"])
+            found[row["method"], share] = float(row["kl"]), float(row["exact_match"])
+    return found
+
+
+def loss_of(row: dict[str, Any], known: dict[tuple[str, float], tuple[float, float]], dense: float) -> str:
+    """KL of a timed row at the evaluated setting of the same method whose bytes come nearest, within a tenth; a dash for none.
+
+    Args:
+        dense: MB that the dense cache of the same shape takes.
+    """
+    name = "rotatek" if row["method"].startswith("ours") else row["method"]
+    share = float(row["read_MB"]) / dense
+    near = min(((abs(at / share - 1), kl, exact, at) for (method, at), (kl, exact) in known.items() if method == name), default=None)
+    return f"{near[1]:.1e}, {near[2]:.3f} (at {near[3]:.3f})" if near is not None and near[0] <= 0.1 else "-"
+
+
+def markdown(rows: Rows, results: list[dict[str, str]]) -> str:
+    """One table: methods by shapes."""
+    shapes = list(dict.fromkeys((row["B"], row["T"]) for row in rows))
+    known, first = losses(results), rows[0]
+    what = "microseconds of a step, and times the speed of the faster SDPA"
+    lines = [f"{first['device']}, torch {first['torch']}, Triton {first['triton']}; {what}"]
+    if results:
+        lines[0] += f"; answers: {results[0]['model']}, {results[0]['samples']} documents of {results[0]['data']}"
+    columns = ["method", "kept of 128", *(f"B {b}, T {t}" for b, t in shapes), "bytes / dense"] + (["KL, exact match"] if known else [])
+    lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for name, kept in dict.fromkeys((row["method"], str(row["kept"])) for row in rows):
+        own = {(row["B"], row["T"]): row for row in rows if (row["method"], str(row["kept"])) == (name, kept)}
+        last = own[shapes[-1]]
+        dense = next(float(row["read_MB"]) for row in rows if row["method"] in BASELINES and (row["B"], row["T"]) == shapes[-1])
+        cells = [f"{float(own[s]['graph_us']):.0f} us, {float(own[s]['ratio']):.2f}x" if s in own else "-" for s in shapes]
+        more = [f"{float(last['read_MB']) / dense:.3f}"] + ([loss_of(last, known, dense)] if known else [])
+        lines.append(f"| {' | '.join([name, kept or '-', *cells, *more])} |")
+    return "\n".join(lines)
+
+
+def shape(text: str) -> tuple[int, int]:
+    """BxT."""
+    batch, _, tokens = text.partition("x")
+    return int(batch), int(tokens)
+
+
+def main() -> int:
+    """Measure and save, or print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="CSV to write")
+    parser.add_argument("--print", type=Path, metavar="CSV", dest="table", help="only print the table of this CSV")
+    parser.add_argument("--results", type=Path, help="an evaluation's results.csv, for what each setting loses")
+    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="BxT", help="tokens are a multiple of 32")
+    args = parser.parse_args()
+    try:
+        results = read_results(args.results) if args.results else []
+        rows = read_csv(args.table) if args.table else measure(args)
+        print(markdown(rows, results))
+    except (RotateKError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""`--method rap`: checkpoint and calibration documents in, a smaller checkpoint with an artifact out.
+
+Documents give statistics, statistics a plan, the plan smaller weights; what was written is loaded again, counted and read on documents
+kept aside before it takes its place.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.util
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .artifact import Artifact, library_versions, write_artifact
+from .batches import Encoded, end_ids, processor_hash, rope_index, template_hash
+from .calibration_data.registry import open_data
+from .compile_options import CompileOptions
+from .compiler import DTYPE_NAMES, CompilePlan
+from .documents import Documents, usable
+from .errors import RotateKError, UsageError
+from .geometry import Geometry
+from .hub import check_space
+from .models import (
+    checked_geometry,
+    choose_device,
+    choose_dtype,
+    identity,
+    load_config,
+    load_model,
+    load_processor,
+    pinned,
+    resolve,
+)
+from .names import RAP
+from .output import atomic_directory, refuse_existing
+from .parallel import launched
+from .placement import AUTO
+from .rap_artifact import RapSection, pair_tensors
+from .rap_budget import room
+from .rap_card import rap_card
+from .rap_checkpoint import fold, refuse_quantised, write_checkpoint
+from .rap_counts import check_counts, counted, full_widths, reckoned
+from .rap_plan import RapPlan
+from .rap_plan_store import PlanStore
+from .rap_report import divergence, logprobs, report, summary
+from .rap_tensors import attention_tensors, stored_tensors
+from .runtime.rap_attention import attention_modules, refuse_text, replace_attention
+from .runtime.rap_load import load_pruned, set_pairs
+from .weights import PATTERNS, checkpoint_directory
+
+if TYPE_CHECKING:
+    from .models import Source
+
+KEPT_ASIDE = 8  # one document in so many gives nothing but the check
+
+
+def prepare_rap(options: CompileOptions) -> CompilePlan:
+    """Check everything that can be checked without weights.
+
+    Raises:
+        RotateKError: a model that RAP cannot prune, no safetensors weights, no room for the result, peft missing for `recover`.
+        UsageError: started by a launcher, or a keep ratio below what the model can keep.
+    """
+    if launched()[1] > 1:
+        raise UsageError(f"--method {RAP} runs in one process; start it without a launcher")
+    source = resolve(options.model, options.revision, options.trust_remote_code)
+    refuse_existing(options.output, options.overwrite)
+    config = load_config(source)
+    source = pinned(source, config)
+    geometry = checked_geometry(config)
+    refuse_quantised(config, source.name)
+    refuse_text(config.get_text_config(decoder=True))
+    if any(layer.head_dim % 2 for layer in geometry.layers):
+        raise RotateKError(f"--method {RAP} does not support {source.name}: an odd head_dim has no RoPE pairs")
+    if options.recover is not None:
+        if importlib.util.find_spec("peft") is None:
+            raise RotateKError("--recover trains adapters with the package peft: pip install peft")
+        if options.device == AUTO:
+            raise UsageError("--recover trains on one device; name it with --device, or leave --recover out")
+    check_space(options.output, _weight_bytes(source, geometry), "the smaller checkpoint")
+    assert options.keep_ratio is not None
+    room(geometry, options.keep_ratio)
+    data = open_data(options.calib, "calibration", options.seed, options.calib_revision, images=not geometry.text_only)
+    device = choose_device(options.device)
+    return CompilePlan(source, config, geometry, data, device, choose_dtype(options.dtype, config, device), None)
+
+
+def _weight_bytes(source: Source, geometry: Geometry) -> int:
+    """At most what will be written: the dense weights. The attention weights of a local checkpoint are looked for at once."""
+    if source.is_local:
+        stored = stored_tensors(Path(source.location), source.name)
+        attention_tensors(stored, geometry)
+        return sum(tensor.bytes for tensor in stored.values())
+    from .hub import remote_sizes
+
+    sizes = remote_sizes(source.location, source.revision, PATTERNS)
+    if sizes is not None and not any(name.endswith(".safetensors") for name in sizes):
+        raise RotateKError(f"{source.name} has no safetensors weights; weights in other formats are not pruned")
+    return 0 if sizes is None else sum(sizes.values())
+
+
+def compile_rap(options: CompileOptions) -> dict[str, Any]:
+    """Prune, write and check; returns the summary that `--json` prints.
+
+    Raises:
+        RotateKError, DataError: anything the user can act on; nothing half-written is left.
+    """
+    start = time.perf_counter()
+    prepared = prepare_rap(options)
+    source, geometry = prepared.source, prepared.geometry
+    samples = usable(prepared.data, options.num_samples, geometry.text_only)
+    if len(samples) == 1:
+        warnings.warn(
+            f"{prepared.data.name} has one calibration document: what is kept fits that one; pass dozens like yours", stacklevel=2
+        )
+    processor = load_processor(source)
+    model = load_model(source, prepared.dtype, prepared.device, spread=options.device == AUTO)
+    attention_modules(model)
+    base = identity(source, prepared.config)
+    items = Documents(prepared.data, samples, processor, geometry, end_ids(model)[0], rope_index(model))
+    aside = len(items) // KEPT_ASIDE
+    used, checked = (items[:-aside], items[-aside:]) if aside else (items, items)
+    record = {
+        "data": prepared.data.name,
+        **({"repository": prepared.data.repository} if prepared.data.repository else {}),
+        "revision": prepared.data.revision,
+        "split": prepared.data.split,
+        "num_samples": len(items),
+        "seed": options.seed,
+        "samples": prepared.data.hash_ids(list(samples.values())),
+        "template": template_hash(processor),
+        "processor": processor_hash(processor),
+        "documents": len(used),
+        "kept_aside": aside,
+    }
+    pad_id = processor.tokenizer.pad_token_id or 0
+    plan, seconds = _plan(options, prepared, model, used, base, record, pad_id)
+    assert options.keep_ratio is not None and options.rap_score is not None and options.rap_budget is not None
+    section = RapSection.of(
+        plan,
+        keep_ratio=options.keep_ratio,
+        score=options.rap_score,
+        budget=options.rap_budget,
+        repair=options.repair,
+        recover=options.recover or 0,
+    )
+    before = time.perf_counter()
+    trained = recovered(options, model, plan, geometry, used, pad_id) if options.recover else {}
+    seconds |= {"recovery": time.perf_counter() - before} if options.recover else {}
+    before = time.perf_counter()
+    dense, reference = counted(model, geometry), [logprobs(model, [item], geometry, pad_id) for item in checked]
+    del model
+    gc.collect()
+    artifact = Artifact(geometry, section.method(), pair_tensors(plan), base, record, libraries=library_versions(), rap=section)
+    directory = checkpoint_directory(source)
+    with atomic_directory(options.output, options.overwrite) as staging:
+        write_checkpoint(directory, source.name, staging, geometry, plan, trained)
+        hidden = prepared.config.get_text_config(decoder=True).hidden_size
+        biases = {place for place in attention_tensors(stored_tensors(directory, source.name), geometry).values() if "bias" in place[1]}
+        check_counts(dense, reckoned(geometry, full_widths(geometry), hidden, biases), "dense model")
+        pruned = load_pruned(artifact, staging, prepared.dtype, prepared.device, options.device == AUTO)
+        compact = counted(pruned, geometry)
+        check_counts(compact, reckoned(geometry, section.layers, hidden, biases), "pruned model")
+        kl = divergence(pruned, checked, reference, geometry, pad_id)
+        del pruned
+        seconds |= {"writing_and_check": time.perf_counter() - before, "total": time.perf_counter() - start}
+        artifact.report = report(artifact, plan, dense, compact, kl, seconds)
+        write_artifact(artifact, staging, rap_card(artifact))
+        processor.save_pretrained(staging)
+    return summary(options, artifact)
+
+
+def _plan(
+    options: CompileOptions, prepared: CompilePlan, model: Any, used: Documents, base: dict[str, Any], record: dict[str, Any], pad_id: int
+) -> tuple[RapPlan, dict[str, float]]:
+    """The plan, made or (with --resume) as an interrupted run left it, and what its parts took."""
+    from .rap_maps import make_plan
+    from .rap_statistics import RapStatistics, collect
+
+    assert options.keep_ratio is not None and options.rap_score is not None and options.rap_budget is not None
+    chosen = {"keep_ratio": options.keep_ratio, "score": options.rap_score, "budget": options.rap_budget, "repair": options.repair}
+    store = PlanStore(
+        {"base": base, "record": record, "dtype": DTYPE_NAMES[prepared.dtype], "geometry": prepared.geometry.to_json(), **chosen}
+    )
+    if options.resume:
+        if (saved := store.load(prepared.geometry, chosen)) is not None:
+            return saved, {}
+        warnings.warn("--resume: nothing saved, starting anew", stacklevel=3)
+    gradients = options.rap_score.startswith("fisher") or options.rap_budget == "published"
+    before = time.perf_counter()
+    statistics, rows = RapStatistics(), prepared.geometry.rows_at_once(options.batch_size)
+    if options.keep_ratio < 1:  # else nothing is chosen
+        statistics = collect(model, used, prepared.geometry, batch_size=rows, pad_id=pad_id, quiet=options.quiet, gradients=gradients)
+    middle = time.perf_counter()
+    plan = make_plan(
+        model,
+        statistics,
+        prepared.geometry,
+        keep_ratio=options.keep_ratio,
+        score=options.rap_score,
+        budget=options.rap_budget,
+        repair=options.repair,
+    )
+    plan.check(prepared.geometry)
+    store.save(plan)
+    return plan, {"statistics": middle - before, "plan": time.perf_counter() - middle}
+
+
+def pruned_copy(model: Any, plan: RapPlan, geometry: Geometry) -> Any:
+    """A pruned model beside the dense one, which stays as it is; they share all weights but those of the text layers' attention."""
+    own = {id(p) for _, module in attention_modules(model).values() for p in module.parameters()}
+    shared = {id(p): p for p in model.parameters() if id(p) not in own}
+    copied = copy.deepcopy(model, dict(shared))
+    stock = {i: module for i, (_, module) in attention_modules(model).items()}
+    made = replace_attention(copied, {i: layer.widths for i, layer in plan.layers.items()})
+    with torch.no_grad():
+        for i, module in made.items():
+            for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                dense, narrow = getattr(stock[i], projection), getattr(module, projection)
+                narrow.weight.copy_(fold(plan.layers[i], projection, "weight", dense.weight))
+                if narrow.bias is not None:
+                    bias = dense.bias if dense.bias is not None else torch.zeros_like(narrow.bias)
+                    narrow.bias.copy_(fold(plan.layers[i], projection, "bias", bias))
+    set_pairs(copied, {i: layer.pairs for i, layer in plan.layers.items()})
+    return copied
+
+
+def recovered(
+    options: CompileOptions, model: nn.Module, plan: RapPlan, geometry: Geometry, items: Sequence[Encoded], pad_id: int
+) -> dict[tuple[int, str], Tensor]:
+    """Attention weights after `--recover` steps of distillation, by (layer, "q_proj.weight" and the like), on the CPU."""
+    from .rap_recover import recover
+
+    assert options.recover is not None
+    pruned = pruned_copy(model, plan, geometry)
+    rows, seed = options.batch_size, options.seed
+    recover(pruned, model, items, options.recover, geometry=geometry, batch_size=rows, pad_id=pad_id, quiet=options.quiet, seed=seed)
+    return {
+        (i, name): tensor.detach().cpu()
+        for i, (_, module) in attention_modules(pruned).items()
+        for name, tensor in module.named_parameters()
+    }
+
+
+def dry_run(options: CompileOptions) -> tuple[dict[str, Any], str]:
+    """What `--dry-run` prints, as JSON and for people; the widths are for measuring to say, their sum is not."""
+    prepared = prepare_rap(options)
+    geometry, asked = prepared.geometry, options.num_samples
+    assert options.keep_ratio is not None
+    dense = 2 * sum(2 * layer.kv_heads * layer.head_dim for layer in geometry.layers)
+    samples = asked if prepared.data.size is None else min(asked, prepared.data.size)
+    shape = geometry.layers[0]
+    found = {
+        "artifact": str(options.output),
+        "model": prepared.source.name,
+        "method": RAP,
+        "layers": len(geometry.layers),
+        "kv_bytes_per_token": {"dense": dense, "compressed": options.keep_ratio * dense},
+        "seconds": None,
+        "geometry": geometry.to_json(),
+        "data": {"name": prepared.data.name, "split": prepared.data.split, "num_samples": samples},
+    }
+    text = (
+        f"{prepared.source.name} ({geometry.model_type}): {len(geometry.layers)} text layers, "
+        f"{shape.query_heads}/{shape.kv_heads} heads of {shape.head_dim}, {shape.head_dim // 2} RoPE pairs each\n"
+        f"RAP, keep ratio {options.keep_ratio:g} of Keys, Values, attention parameters and FLOPs, score {options.rap_score}, "
+        f"budget {options.rap_budget}{'' if options.repair else ', no repair'}"
+        f"{f', {options.recover} steps of recovery' if options.recover else ''}\n"
+        f"data {prepared.data.name}, {samples} sample{'s' if samples > 1 else ''}\n"
+        f"bytes of Keys and Values per token, all layers: {dense} dense, at most {options.keep_ratio * dense:.0f} kept\n"
+        f"would write {options.output}, a checkpoint of its own"
+    )
+    return found, text

@@ -1,0 +1,93 @@
+"""The table of RAP: how much of the way each row goes, and figures per document."""
+
+import csv
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(FOLDER))
+    spec = importlib.util.spec_from_file_location("rotatek_bench_rap", FOLDER / "bench_rap.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(FOLDER))
+
+
+def row(bench, way, repairs, trained, kl, perplexity):
+    shared = {
+        "model": "m",
+        "data": "d",
+        "device": "cpu",
+        "dtype": "float32",
+        "torch": "2",
+        "transformers": "5",
+        "recover": "9",
+        "rate": "0.001",
+    }
+    own = {"keep_ratio": "0.7", "way": way, "repairs": repairs, "trained": str(trained), "documents": "3", "exact_match": "0.5"}
+    return shared | own | {"kl": str(kl), "kl_low": "0.1", "kl_high": "2", "perplexity": str(perplexity)}
+
+
+def test_how_far_a_row_goes(bench):
+    rows = [
+        row(bench, "fisher / published", "", 0, 1.0, math.exp(4)),
+        row(bench, "fisher / published", "", 1, 0.2, math.exp(3)),
+        row(bench, "logit / sensitivity", "factors+values+outputs", 0, 0.4, math.exp(2.5)),
+    ]
+    found = bench.lines(rows)
+    assert found[0] == "m, 3 documents of d, cpu, float32, torch 2, transformers 5, recovery of 9 steps at 0.001"
+    assert [line.split("|")[-2].strip() for line in found[-3:]] == ["0.00, 0.00", "1.00, 1.00", "0.75, 1.50"]
+    assert [line.split("|")[3].strip() for line in found[-3:]] == ["-", "-", "all"]
+    assert found[-2].split("|")[4].strip() == "yes"
+    assert bench.lines(rows[:1])[-1].split("|")[-2].strip() == "-"  # nothing to compare with
+
+
+def test_figures_of_one_document(bench):
+    from types import SimpleNamespace
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rotatek_compile.batches import Encoded
+    from rotatek_compile.geometry import geometry_of
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    models = [LlamaForCausalLM(LlamaConfig(**sizes)).eval() for _ in range(2)]
+    with torch.no_grad():
+        for model in models:
+            model.lm_head.weight.mul_(40)
+    ids = [3, 4, 5, 6]
+    for _ in range(3):  # what the first model says itself, so that it is exact there
+        ids.append(int(models[0](input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    item = Encoded(SimpleNamespace(id="0", images=()), ids[:1], ids[1:], 0, {})
+    judge = bench.Judge(models[0], [item], geometry_of(models[0].config), 0)
+    logs = [model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1).detach() for model in models]
+    targets = torch.tensor(ids[1:])[:, None]
+    for number in (0, 1):
+        found = judge(models[number])
+        assert found.tokens == [6]
+        assert found.kl[0] == pytest.approx(float((logs[0].exp() * (logs[0] - logs[number])).sum()), rel=1e-3, abs=1e-5)
+        assert found.loss[0] == pytest.approx(-float(logs[number].gather(-1, targets).sum()), rel=1e-4)
+        assert found.exact[0] == float((logs[number].argmax(-1) == targets[:, 0]).all())
+
+
+def test_printed_from_a_file(bench, tmp_path, monkeypatch, capsys):
+    rows = [row(bench, "fisher / published", "", n, 1.0 - n / 2, 30 - n) for n in (0, 1)]
+    file = tmp_path / "rap.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    monkeypatch.setattr(sys, "argv", ["bench_rap.py", "--print", str(file)])
+    bench.main()
+    assert capsys.readouterr().out.splitlines() == [*bench.lines(rows), ""]

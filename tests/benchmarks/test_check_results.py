@@ -1,0 +1,94 @@
+"""A rerun beside committed results: what agrees, what is outside, what cannot be compared."""
+
+import csv
+
+import check_results
+import pytest
+from check_results import Tolerance, compare, outside
+
+from rotatek_compile.errors import RotateKError
+
+
+def row(exact=(0.9, 0.8, 1.0), kl=(0.1, 0.05, 0.2), samples=100, span=3000.0, **about):
+    names = {"ask": "after", "method": "int4", "setting": "", "skill": "all", "model": "m", "data": "d", "axis": "kv"} | about
+    scores = {
+        f"{name}{end}": str(x)
+        for name, values in (("exact_match", exact), ("kl", kl))
+        for end, x in zip(("", "_low", "_high"), values, strict=True)
+    }
+    return names | scores | {"samples": str(samples), "span_bytes": str(span), "kv_bytes": "5000"}
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        (row(), None),
+        (row(exact=(0.79, 0.5, 0.8)), None),  # a document below the interval
+        (row(exact=(0.78, 0.5, 0.9)), "exact match 0.78, committed 0.9 [0.8, 1]"),
+        (row(kl=(0.2000001, 0.1, 0.3)), None),
+        (row(kl=(0.21, 0.1, 0.3)), "KL per token 0.21, committed 0.1 [0.05, 0.2]"),
+        (row(kl=(0.03, 0.02, 0.06)), "KL per token 0.03, committed 0.1 [0.05, 0.2]"),
+        (row(kl=(0.03, 0.02, 0.06), samples=20), None),  # fewer documents: the intervals meet
+        (row(kl=(0.03, 0.02, 0.04), samples=20), "KL per token [0.02, 0.04], committed 0.1 [0.05, 0.2]"),
+        (row(span=3007.0), "span bytes 3007, committed 3000"),
+        (row(span=3005.0), None),
+        (row(span=4000.0, samples=20), None),
+    ],
+)
+def test_outside(new, said):
+    assert outside(row(), new, Tolerance()) == ([said] if said else [])
+
+
+def test_small_kls_agree():
+    old, new = row(kl=(1e-7, 1e-8, 2e-7)), row(kl=(9e-6, 1e-6, 1e-5))
+    assert outside(old, new, Tolerance()) == []
+    assert len(outside(old, new, Tolerance(negligible=1e-6))) == 1
+
+
+def test_a_degenerate_interval_leaves_room_for_one_document():
+    old = row(exact=(1.0, 1.0, 1.0))
+    assert outside(old, row(exact=(0.99, 0.97, 1.0)), Tolerance()) == []
+    assert outside(old, row(exact=(0.98, 0.95, 1.0)), Tolerance()) != []
+
+
+def test_rows_are_matched_by_what_they_are():
+    old = [row(), row(setting="x"), row(axis="keys"), row(skill="chart"), row(ask="with")]
+    del old[0]["axis"]  # of an older table
+    new = [row(), row(axis="keys", kl=(1, 1, 1)), row(skill="chart", kl=(1, 1, 1)), row(method="int8")]
+    found, missing, count = compare(old, new, Tolerance())
+    assert count == 2 and [one.split(":")[1] for one in found] == [" int4, keys"]
+    assert missing == [
+        "after: int4 (x): only in the committed table", "with: int4: only in the committed table", "after: int8: only in the rerun",
+    ]  # fmt: skip
+    assert compare(old, new, Tolerance(), skills=True)[0][1].startswith("after: int4, chart: KL")
+    with pytest.raises(RotateKError, match="different things: model m and n"):
+        compare(old, [row(model="n")], Tolerance())
+    with pytest.raises(RotateKError, match="8 documents are too few to compare with 100"):
+        compare(old, [row(samples=8)], Tolerance())
+
+
+def write(file, rows):
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(file)
+
+
+def test_exit_status(tmp_path, monkeypatch, capsys):
+    old = write(tmp_path / "old.csv", [row(), row(setting="x")])
+    worse = write(tmp_path / "worse.csv", [row(), row(setting="x", kl=(1, 1, 1))])
+    fewer = write(tmp_path / "fewer.csv", [row()])
+    other = write(tmp_path / "other.csv", [row(data="e")])
+    for arguments, status, words in (
+        ([old, old], 0, "2 of 2 rows as committed, 0 in one table only"),
+        ([old, worse], 1, "after: int4 (x): KL per token 1, committed 0.1 [0.05, 0.2]"),
+        ([old, fewer], 1, "only in the committed table"),
+        ([old, fewer, "--some"], 0, "1 of 1 rows as committed, 1 in one table only"),
+        ([old, other], 2, "different things: data d and e"),
+        ([old, str(tmp_path / "none.csv")], 2, "cannot be read"),
+    ):
+        monkeypatch.setattr("sys.argv", ["check_results", *arguments])
+        assert check_results.main() == status
+        said = capsys.readouterr()
+        assert words in said.out + said.err

@@ -1,0 +1,75 @@
+"""Kernels over what rivals store give what their coders rebuild; the table joins times and answers."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bench_rival_speed
+import pytest
+
+from rotatek_compile.errors import RotateKError
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_in_the_interpreter():
+    """Its own process: the interpreter is chosen at import."""
+    command = [sys.executable, str(ROOT / "tools" / "run_in_checkout.py"), str(HERE / "rival_kernel_cases.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    found = {line["case"]: line["error"] for line in map(json.loads, ended.stdout.splitlines())}
+    assert len(found) == 18 and all(error < 2e-5 for error in found.values()), found
+    assert {name.split()[0].rstrip(",") for name in found} == {"think", "spark-mean", "spark-sign", "kivi4", "kivi2", "dense"}
+
+
+def row(method, size, us, kept="", batch=8):
+    about = {"device": "GPU", "torch": "1", "triton": "2"}
+    return {"B": batch, "T": 64, "method": method, "kept": kept, "read_MB": size, "graph_us": us, "ratio": 10 / us} | about
+
+
+ROWS = [row("SDPA flash", 100.0, 10.0), row("ours r32", 60.0, 5.0), row("think", 62.0, 8.0, 32), row("think", 56.0, 7.0, 16)]
+
+
+def result(method, share, kl, ask="after", axis="keys"):
+    scores = {"kl": str(kl), "exact_match": "0.9", "span_bytes": str(1000 * share), "span_bytes_dense": "1000"}
+    return {"ask": ask, "method": method, "skill": "all", "axis": axis, "model": "m", "samples": "7", "data": "d"} | scores
+
+
+def test_the_table_says_what_a_setting_loses():
+    results = [result("think", 0.625, 0.5), result("think", 0.5625, 1.5), result("rotatek", 0.7, 0.01), result("think", 0.62, 9.0, "with")]
+    lines = bench_rival_speed.markdown(ROWS, results).splitlines()
+    assert lines[0].startswith("GPU, torch 1, Triton 2; microseconds") and lines[0].endswith("answers: m, 7 documents of d")
+    assert lines[2] == "| method | kept of 128 | B 8, T 64 | bytes / dense | KL, exact match |"
+    assert lines[4:] == [
+        "| SDPA flash | - | 10 us, 1.00x | 1.000 | - |",
+        "| ours r32 | - | 5 us, 2.00x | 0.600 | - |",  # the nearest setting that was evaluated has a sixth more bytes
+        "| think | 32 | 8 us, 1.25x | 0.620 | 5.0e-01, 0.900 (at 0.625) |",
+        "| think | 16 | 7 us, 1.43x | 0.560 | 1.5e+00, 0.900 (at 0.562) |",
+    ]
+    assert "KL" not in bench_rival_speed.markdown(ROWS, []).splitlines()[2]
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch):
+    """Half of the Values: the gate speaks before any clock."""
+    rival_kernels = pytest.importorskip("rival_kernels")
+
+    def wrong(query, stored, launch):
+        return (query.double() @ stored.parts["keys"].double().mT).softmax(-1) @ stored.parts["values"].double() / 2
+
+    monkeypatch.setattr(rival_kernels, "attention", wrong)
+    monkeypatch.setattr(bench_rival_speed, "graph_us", lambda steps, **options: pytest.fail("timed"))
+    with pytest.raises(RotateKError, match="skeleton dense 0 at B 1, T 64, .*error .*, limit 0.02"):
+        list(bench_rival_speed.rival_rows(1, 64))
+
+
+def test_splits():
+    from rival_kernels import splits_for
+
+    assert [splits_for(n, t, 132, 64) for n, t in ((8, 32768), (64, 8192), (256, 4096), (1024, 64))] == [64, 8, 2, 1]
+    assert splits_for(8, 64, 132, 64) == 1  # no program without a tile

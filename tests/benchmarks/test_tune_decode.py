@@ -1,0 +1,84 @@
+"""Tuning and leaving text: the search for settings, the row it prints, and what a block that leaves the window costs."""
+
+import csv
+import sys
+
+import bench_retire
+import pytest
+import torch
+import tune_decode
+from decode_cases import Case, make_layer
+
+from rotatek_compile.kernels.decode_tuning import Tuning
+from rotatek_compile.kernels.table import Kind
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    import decode_cases
+    import decode_timing
+
+    for module in (decode_cases, decode_timing, tune_decode):
+        monkeypatch.setattr(module, "place", lambda: "cpu")
+
+
+def test_the_search_keeps_what_is_faster(on_the_cpu, monkeypatch):
+    """One setting after the other; gains below half a percent and what does not fit are left."""
+
+    def us(self, key, tuning):
+        found = {2: 10.0, 3: 8.0}.get(tuning.stages, float("inf"))
+        found *= 0.996 if tuning.programs == 4 else 1.0
+        return found * (0.5 if (tuning.most_classes, tuning.rests) == (4, True) else 1) * (0.9 if tuning.launches else 1)
+
+    monkeypatch.setattr(tune_decode.Trial, "us", us)
+    trial = tune_decode.Trial({(1, 256): 1}, tune_decode.time.perf_counter(), 60)
+    found = trial.best(Tuning(stages=2))
+    assert found == Tuning(stages=3, most_classes=4, rests=True, launches=True)
+    assert tune_decode.row_text("A GPU", found) == '"A GPU": Tuning(most_classes=4, rests=True, launches=True),'
+    assert tune_decode.Trial({(1, 256): 1}, 0.0, 0.0).best(Tuning(stages=2)) == Tuning(stages=2)  # no time
+    scaled = tune_decode.changed(Tuning(), "costs", 0.5)
+    assert (scaled.softmax, scaled.rest, scaled.programs) == (14.0, 0.55, 3)
+
+
+def test_settings_make_the_plan(on_the_cpu, monkeypatch):
+    layers = [make_layer(Case(1, 256), *tune_decode.CONFIGURATIONS["mixed, mean K 32x4 V 64x4"], seed=1)]
+    (split,) = tune_decode.planned(layers, Tuning(most_classes=8, rests=True, launches=True))
+    assert len(split.view.splits.launches) > 4 and split.view.splits.fine
+    trial = tune_decode.Trial({(1, 256): 1}, 0.0, 0.0)
+    key = (1, 256, "K 32x4 V 64x4")
+    assert trial.us(key, Tuning()) == trial.us(key, Tuning()) and len(trial.rows) == 1 and trial.rows[0]["plan"] == key[2]
+    monkeypatch.setattr(tune_decode, "timed_shape_error", lambda *_, **__: 1.0)
+    with pytest.raises(SystemExit, match="error 1.00e"):
+        trial.us(key, Tuning(stages=2))
+
+
+@torch.no_grad()
+def test_text_that_leaves_is_coded_and_attended(monkeypatch, capsys):
+    """A block leaves every window, raw or coded, and the layer still attends to everything."""
+    model = bench_retire.model_of_one_layer(True, torch.device("cpu"))
+    for span, kind in (("visual", Kind.DENSE), ("all", Kind.CODED)):
+        seen = []
+
+        class Seen(bench_retire.Bench):
+            def retire(self, seen=seen):
+                super().retire()
+                seen.append((self.layer.store.window.host.tolist(), set(self.layer.store.table[:, 0, -1, 0].tolist())))
+
+        monkeypatch.setattr(bench_retire, "Bench", Seen)
+        rows = bench_retire.rows_at(model, 2, 200, span, rounds=1)
+        assert [row["block"] for row in rows] == [64, 256] and all(row["error"] < 1e-5 for row in rows)
+        assert all(windows == [128, 128] and kinds == {int(kind)} for windows, kinds in seen)
+        monkeypatch.undo()
+    monkeypatch.setattr(bench_retire.Bench, "error", lambda self: 1.0)
+    with pytest.raises(SystemExit, match="after text has left"):
+        bench_retire.rows_at(model, 1, 200, "visual", rounds=1)
+
+
+def test_the_command_saves_what_it_prints(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench_retire, "rows_at", lambda model, b, t, span: [dict.fromkeys(bench_retire.COLUMNS, 0.5) | {"span": span}])
+    monkeypatch.setattr(sys, "argv", ["bench_retire.py", "--small", "--output", str(tmp_path)])
+    bench_retire.main()
+    with (tmp_path / "retire.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["span"] for row in rows] == ["visual", "all"]
+    assert capsys.readouterr().out.endswith("\n".join(bench_retire.table(rows)) + "\n")

@@ -1,0 +1,85 @@
+"""The torch operator around decode attention: what torch asks of one, and the same numbers as a plain call."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kernel_caches import EMPTY, Coded, Segment, random_cache
+from rotatek_compile.kernels import decode_ops
+from rotatek_compile.kernels.decode_torch import decode_attention_torch
+from rotatek_compile.kernels.decode_tuning import Tuning
+from rotatek_compile.kernels.table import plan_splits
+
+pytestmark = pytest.mark.filterwarnings("ignore:decoding with the torch backend")
+LAYOUT = [[[Segment(40, Coded(8, 16, 16), Coded(0, 0, 32)), Segment(9, Coded(16), None)]], [[Segment(13), EMPTY]]]
+
+
+def case(new=1, poison=False):
+    """A cache, a query with strides as a model has them, and the newest tokens, which are not in the window yet."""
+    cache = random_cache(LAYOUT, [5, 1 + new], 64, 16, torch.float32, poison=poison)
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, new, 4, 64, generator=generator).transpose(1, 2)
+    return cache.view, q, *(torch.randn(2, 1, new, 64, generator=generator) for _ in "kv")
+
+
+def arguments(view, q, keys, values):
+    """Those of the operator itself."""
+    found = []
+    operator = decode_ops.decode_attention
+    try:
+        decode_ops.decode_attention = lambda *args: found.extend(args)
+        decode_ops.decode(q, view, 0.125, keys, values)
+    finally:
+        decode_ops.decode_attention = operator
+    return tuple(found)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_the_operator_is_the_plain_call(new):
+    """New tokens are written, then attended; the plan that the operator rebuilds is the view's."""
+    view, q, keys, values = case(new, poison=True)
+    expected_view = dataclasses.replace(view, window_keys=view.window_keys.clone(), window_values=view.window_values.clone())
+    for row, length in enumerate(view.window_lengths.tolist()):
+        expected_view.window_keys[row, :, length - new : length] = keys[row]
+        expected_view.window_values[row, :, length - new : length] = values[row]
+    found = decode_ops.decode(q, view, 0.125, keys, values)
+    assert torch.equal(view.window_keys.nan_to_num(9), expected_view.window_keys.nan_to_num(9))
+    assert torch.equal(view.window_values.nan_to_num(9), expected_view.window_values.nan_to_num(9))
+    assert torch.allclose(found, decode_attention_torch(q, expected_view, 0.125), atol=1e-6) and found.is_contiguous()
+
+
+def test_what_a_plan_becomes():
+    args = arguments(*case())
+    view = case()[0]
+    assert args[16:20] == (view.splits.max_splits, [16, 16, 16], [0, 0, 32], [0, 1, 3]) and args[21] is False
+    both, keys = [16, 16, 16, 0, 0, 32, 0, 0], [16, 16, 16, 0, 0, 0, 0, 1]
+    assert args[20] == [view.splits.num_splits, 1, 2, *both, *keys]
+    assert {decode_ops.PAIRS[number] for number in args[19]} == view.splits.pairs
+    assert decode_ops.PAIRS[1] == (False, True)  # coded Keys, raw Values
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_launches_there_and_back(apart):
+    table = case()[0].table
+    plan = plan_splits(table, window_capacity=16, head_dim=64, tuning=Tuning(most_classes=4, rests=True, launches=apart))
+    found = decode_ops.launches_of(plan.records, [number for launch in plan.launches for number in decode_ops.numbers(launch)])
+    assert len(found) == (3 if apart else 1)
+    for mine, its in zip(found, plan.launches, strict=True):
+        assert torch.equal(mine.records, its.records) and mine[1:] == its[1:]
+
+
+def test_opcheck():
+    """Schema, what it changes, fake tensors and dispatch, by torch's own checks."""
+    torch.library.opcheck(torch.ops.rotatek.decode_attention.default, arguments(*case()))
+
+
+def test_the_fake_says_what_comes_out():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given = arguments(*case(3))
+    real = decode_ops.decode_attention(*given)
+    with FakeTensorMode() as mode:
+        faked = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in given]
+        fake = decode_ops.decode_attention(*faked)
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())

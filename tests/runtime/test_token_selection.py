@@ -1,0 +1,369 @@
+"""Token selection against second, plain formulations: scores, what caches keep of it, bytes, and every way an image can arrive."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from rotatek_compile.errors import RotateKError, UsageError
+from rotatek_compile.names import TOKEN_METHODS
+from rotatek_compile.replan import replanned
+from rotatek_compile.runtime.accounting import cache_bytes, cache_tensors, storage_bytes
+from rotatek_compile.runtime.enable import enable
+from rotatek_compile.runtime.kept_tokens import packed, unpacked
+from rotatek_compile.runtime.recording import fill, record
+from rotatek_compile.runtime.rivals.registry import RIVALS, make_coder, worst_share
+from rotatek_compile.runtime.segments import IMAGE, Run
+from rotatek_compile.runtime.token_selection import (
+    TokenSelector,
+    attention_received,
+    divprune,
+    fastv_scores,
+    highest,
+    snapkv_scores,
+)
+from rotatek_compile.runtime.vision_attention import received
+from rotatek_compile.token_budget import code_share, fitting_ratio, index_share, kept_tokens, selecting, with_selection, with_total
+
+HEADS, DIM, RAW = 2, 32, 32
+ENCODED = "rotatek_compile.runtime.enable.encoded_lengths"
+BYTES = 4 * DIM * HEADS  # of one token in one layer, dense
+
+
+# -- scores against loops ---------------------------------------------------------------------------------------------------------
+
+
+def test_attention_received_is_a_loop_over_queries():
+    torch.manual_seed(0)
+    queries, keys, scaling = torch.randn(2, 3, 4, 8), torch.randn(2, 11, 8), 0.7
+    expected = np.zeros((2, 3, 11))
+    for h in range(2):
+        for g in range(3):
+            for w in range(4):
+                sees = 11 - 4 + w + 1
+                weights = [math.exp(scaling * float(queries[h, g, w] @ keys[h, n])) for n in range(sees)]
+                expected[h, g, :sees] += np.array(weights) / sum(weights) / 4
+    assert np.allclose(attention_received(queries, keys, scaling).numpy(), expected, atol=1e-6)
+
+
+def test_fastv_is_the_mean_over_heads_and_snapkv_pools_neighbours_of_each_head():
+    given = torch.rand(2, 3, 9)
+    assert torch.allclose(fastv_scores(given), given.reshape(6, 9).mean(0))
+    group = given.mean(1).numpy()
+    wide = np.pad(group, ((0, 0), (2, 2)))
+    assert np.allclose(snapkv_scores(given).numpy(), np.stack([wide[:, n : n + 5].mean(1) for n in range(9)], 1), atol=1e-6)
+
+
+def test_divprune_takes_the_farthest_token_each_time():
+    torch.manual_seed(1)
+    points = torch.randn(14, 5)
+    far = [[1 - float(cosine_similarity(a, b, dim=0)) for b in points] for a in points]
+    chosen = [max(range(14), key=lambda i: min(far[i][j] for j in range(14) if j != i))]
+    while len(chosen) < 8:
+        left = [i for i in range(14) if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(far[i][j] for j in chosen)))
+    assert divprune(points, 8).tolist() == chosen
+    assert divprune(torch.ones(6, 3), 6).sort().values.tolist() == list(range(6))  # equal tokens are not taken twice
+
+
+def test_vision_scores_with_and_without_a_class_token():
+    torch.manual_seed(2)
+    query, key = torch.randn(2, 3, 300, 4), torch.randn(2, 3, 300, 4)
+    weights = (0.5 * query @ key.mT).softmax(-1)
+    assert torch.allclose(received(query, key, 0.5, class_token=True), weights[:, :, 0, 1:].mean(1), atol=1e-6)
+    assert torch.allclose(received(query, key, 0.5, class_token=False), weights.mean((1, 2)), atol=1e-6)
+
+
+def test_highest_takes_the_first_of_equals_in_order():
+    assert highest(torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist() == [1, 2, 3]
+
+
+def test_counts_are_even_and_never_none():
+    assert [kept_tokens(88, t) for t in (1.0, 0.5, 0.1, 0.001)] == [88, 44, 8, 2]
+    assert kept_tokens(53, 1.0) == 53 and kept_tokens(53, 0.5) == 26 and kept_tokens(1, 0.5) == 1
+
+
+@pytest.mark.parametrize(("tokens", "count", "width"), [(88, 4, 8), (88, 44, 11), (70000, 16, 64), (65536, 10, 20)])
+def test_tables_take_the_fewest_bytes(tokens, count, width):
+    indices = torch.stack([torch.randperm(tokens)[:count].sort().values for _ in range(3)])
+    indices[0, -1] = tokens - 1
+    table = packed(indices, tokens)
+    assert storage_bytes([table]) == 3 * width
+    assert torch.equal(unpacked(table, 3, count, tokens), indices)
+
+
+# -- what a cache keeps -----------------------------------------------------------------------------------------------------------
+
+
+def kept_of(model, artifact, inputs, method, ratio=0.25, **options):
+    """The cache after a prefill, and what layers were given."""
+    with torch.no_grad(), enable(model, artifact, backend="torch", token_method=method, token_keep_ratio=ratio, **options) as enabled:
+        recording = record(model, **inputs)
+        cache = enabled.new_cache()
+        model(**inputs, past_key_values=cache)
+    return cache, recording
+
+
+def plain_keep(method, recording, layer, row, runs, features, ratio):
+    """Kept tokens of one image [Hkv, n], from the definition alone."""
+    record_of = recording.layers[1 if method == "fastv" else layer]
+    places = [n for run in runs for n in range(run.start, run.end)]
+    count = max(2, int(len(places) * ratio) // 2 * 2)
+    if method == "divprune":
+        return [sorted(divprune(features, count).tolist())] * HEADS
+    real = [n for run in recording.step.rows[row] for n in range(run.start, run.end)]
+    newest = real[-1:] if method == "fastv" else real[-32:]
+    query, keys = record_of.query[row], record_of.keys[row]
+    heads = []
+    for q in range(query.shape[0]):
+        attention = torch.zeros(len(real))
+        for place in newest:
+            seen = [n for n in real if n <= place]
+            weights = (DIM**-0.5 * keys[q // 2, seen] @ query[q, place]).softmax(0)
+            attention[: len(seen)] += weights / len(newest)
+        heads.append(attention[[real.index(n) for n in places]])
+    scores = torch.stack(heads)
+    if method == "fastv":
+        return [sorted(scores.mean(0).topk(count).indices.tolist())] * HEADS
+    wide = torch.nn.functional.pad(scores.view(HEADS, 2, -1).mean(1), (2, 2))
+    pooled = torch.stack([wide[:, n : n + 5].mean(1) for n in range(scores.shape[1])], 1)
+    return [sorted(pooled[h].topk(count).indices.tolist()) for h in range(HEADS)]
+
+
+@pytest.mark.parametrize("method", ["fastv", "snapkv", "divprune"])
+def test_every_layer_keeps_what_the_definition_says(model, ragged, make_artifact, method):
+    cache, recording = kept_of(model, make_artifact(RAW), ragged, method)
+    kept = cache.kept_tokens()
+    assert set(kept) == {0, 1, 2}
+    with torch.no_grad():
+        images = model.model.get_image_features(ragged["pixel_values"], ragged["image_sizes"], return_dict=True).pooler_output
+    for layer, rows in kept.items():
+        number = 0
+        assert [len(row) for row in rows] == [1, 3, 0, 2]
+        for row, segments in enumerate(rows):
+            for runs, indices in zip(recording.step.media(row), segments, strict=True):
+                expected = plain_keep(method, recording, layer, row, runs, images[number], 0.25)
+                assert indices.expand(HEADS, -1).tolist() == expected, (layer, row)
+                number += 1
+    different = kept[0][1][0].tolist() != kept[2][1][0].tolist()
+    assert different == (method == "snapkv")  # it alone chooses in every layer
+
+
+def test_visionzip_follows_class_attention_through_the_tiles(model, prompts, make_artifact):
+    inputs = prompts.batch([[3, prompts.tall, 9]])
+    cache, _ = kept_of(model, make_artifact(RAW), inputs, "visionzip")
+    tower, found = model.model.vision_tower, []
+    layers = [m for m in tower.modules() if type(m).__name__ == "CLIPAttention"]
+    layers[-2].register_forward_hook(lambda module, args, kwargs, out: found.append(kwargs.get("hidden_states", args[0] if args else None)),
+                                     with_kwargs=True)  # fmt: skip
+    try:
+        with torch.no_grad():
+            model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], return_dict=True)
+    finally:
+        layers[-2]._forward_hooks.clear()
+    states, one = found[0], layers[-2]
+    query, key = (proj(states).unflatten(-1, (2, -1)).transpose(1, 2) for proj in (one.q_proj, one.k_proj))
+    scores = (query[:, :, :1] @ key.mT * one.scale).softmax(-1).mean(1)[:, 0, 1:]  # [5 tiles, 16 patches]
+    # 128 × 64 of a 2 × 2 grid of tiles of 4 × 4 patches: columns 2 to 5 of 8, and an end of line that scores nothing
+    grid = scores[1:].view(2, 2, 4, 4).transpose(1, 2).reshape(8, 8)[:, 2:6]
+    packed_scores = torch.cat([scores[0], torch.cat([grid, torch.zeros(8, 1)], 1).flatten()])
+    assert len(packed_scores) == 56
+    assert cache.kept_tokens()[0][0][0].tolist() == [sorted(packed_scores.topk(14).indices.tolist())]
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+def test_decoding_sees_the_kept_tokens_and_all_text(model, ragged, make_artifact, method):
+    """The next token's logits are those of a stock cache whose dropped columns are masked, in every layer and head."""
+    with torch.no_grad(), enable(model, make_artifact(RAW), backend="torch", token_method=method, token_keep_ratio=0.5) as enabled:
+        cache = enabled.new_cache()
+        model(**ragged, past_key_values=cache)
+        recording = record(model, **ragged)
+        batch, length = ragged["input_ids"].shape
+        for layer in range(3):
+            seen = torch.zeros(batch, HEADS, length, dtype=torch.bool)
+            for row in range(batch):
+                for run in recording.step.text(row):
+                    seen[row, :, run.start : run.end] = True
+                for runs, indices in zip(recording.step.media(row), cache.kept_tokens()[layer][row], strict=True):
+                    places = torch.tensor([n for run in runs for n in range(run.start, run.end)])
+                    for h in range(HEADS):
+                        seen[row, h, places[indices.expand(HEADS, -1)[h]]] = True
+            given = recording.layers[layer]
+            query = torch.randn(batch, 4, 1, DIM)
+            new = torch.randn(2, batch, HEADS, 1, DIM)
+            logits = torch.einsum("bhgqd,bhnd->bhgqn", query.view(batch, HEADS, 2, 1, DIM), torch.cat([given.keys, new[0]], 2)) * 0.3
+            allowed = torch.cat([seen, torch.ones(batch, HEADS, 1, dtype=torch.bool)], 2)
+            weights = logits.masked_fill(~allowed[:, :, None, None], -torch.inf).softmax(-1)
+            expected = torch.einsum("bhgqn,bhnd->bhgqd", weights, torch.cat([given.values, new[1]], 2)).reshape(batch, 4, 1, DIM)
+            store = cache.layers[layer].store
+            store.window.grow(1)
+            got = enabled.backend.decode(query, store.view(splits=False), 0.3, new[0], new[1])
+            assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_all_tokens_is_no_selection(model, ragged, make_artifact, generate, check_equal):
+    with enable(model, make_artifact(RAW), backend="torch"):
+        expected = generate(model, ragged)
+    with enable(model, make_artifact(RAW), backend="torch", token_method="snapkv", token_keep_ratio=1.0):
+        got = generate(model, ragged)
+    check_equal(got, expected)
+    assert got.cache.kept_tokens() == {}
+
+
+# -- every way an image arrives ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+def test_generate_beams_and_filled_caches_keep_the_same(model, prompts, make_artifact, generate, method):
+    inputs = prompts.batch([[3, prompts.square, 40], [4, prompts.wide, 9]])  # beams of several images are wrong in transformers 5.17
+    with torch.no_grad(), enable(model, make_artifact(RAW), backend="torch", token_method=method, token_keep_ratio=0.25) as enabled:
+        cache = enabled.new_cache()
+        model(**inputs, past_key_values=cache)
+        filled = fill(enabled.new_cache(), record(model, **inputs))
+        plain = generate(model, inputs, new=3).cache
+        beams = generate(model, inputs, new=3, num_beams=2).cache
+    kept = as_lists(cache)
+    assert as_lists(filled) == as_lists(plain) == kept
+    assert cache_bytes(filled) == cache_bytes(cache)
+    assert {layer: [rows[0], rows[2]] for layer, rows in as_lists(beams).items()} == kept
+    assert [[len(s[0]) for s in row] for row in kept[0]] == [[22], [12]]
+
+
+@pytest.mark.parametrize("method", ["fastv", "snapkv"])
+def test_an_image_that_ends_with_a_call_is_selected_when_the_next_one_begins(model, prompts, make_artifact, method, monkeypatch):
+    inputs = prompts.batch([[3, prompts.square]])
+    more = {"input_ids": torch.tensor([[7, 8]]), "attention_mask": torch.ones(1, 93, dtype=torch.int64)}
+    with torch.no_grad(), enable(model, make_artifact(RAW), backend="torch", token_method=method, token_keep_ratio=0.25) as enabled:
+        whole = enabled.new_cache()
+        model(**inputs, past_key_values=whole)
+        held = enabled.new_cache()
+        monkeypatch.setattr(ENCODED, lambda *given: None)  # nobody says that the image is complete
+        model(**inputs, past_key_values=held)
+        assert held.kept_tokens() == {0: [[]], 1: [[]], 2: [[]]}
+        copied = held.fork()
+        copied.finish()
+        model(**more, past_key_values=held)
+        assert held.state.selector.held == {}
+    kept = as_lists(held)
+    assert as_lists(copied) == kept
+    assert [len(heads[0]) for heads in (kept[layer][0][0] for layer in range(3))] == [22, 22, 22]
+    if method == "fastv":  # one query's order is the same with or without the three tokens of text before the image
+        assert kept[0] == kept[2] == as_lists(whole)[1]
+
+
+@pytest.mark.parametrize("method", ["visionzip", "divprune"])
+def test_scores_of_the_encoder_are_refused_where_images_are_not_known(model, prompts, make_artifact, method, monkeypatch):
+    inputs = prompts.batch([[3, prompts.square]])
+    more = {"input_ids": torch.tensor([[7, 8]]), "attention_mask": torch.ones(1, 93, dtype=torch.int64)}
+    with torch.no_grad(), enable(model, make_artifact(RAW), backend="torch", token_method=method, token_keep_ratio=0.25) as enabled:
+        cache = enabled.new_cache()
+        monkeypatch.setattr(ENCODED, lambda *given: None)
+        model(**inputs, past_key_values=cache)
+        with pytest.raises(RotateKError, match="use --token-method snapkv or fastv"):
+            model(**more, past_key_values=cache)
+
+
+def test_features_of_another_size_are_refused():
+    selector = TokenSelector("divprune", 0.5, (0, 1))
+    with pytest.raises(RotateKError, match="these 9 tokens"):
+        selector.keep(0, 0, Run(0, 9, IMAGE, 0), 9, None, 1.0, {IMAGE: [torch.randn(8, 4)]})
+
+
+def test_a_cache_with_dropped_tokens_is_forked_and_reset_but_not_saved(model, prompts, make_artifact, tmp_path):
+    inputs = prompts.batch([[3, prompts.square, 4]])
+    cache, _ = kept_of(model, make_artifact(RAW), inputs, "snapkv")
+    with pytest.raises(RotateKError, match="dropped image tokens"):
+        cache.save(tmp_path / "cache")
+    copied, kept = cache.fork(), as_lists(cache)
+    cache.reset()
+    assert cache.kept_tokens() == {} and as_lists(copied) == kept
+    assert not cache.layers[0].is_initialized and cache.state.selector.method == "snapkv"
+
+
+def as_lists(cache):
+    return {layer: [[segment.tolist() for segment in row] for row in rows] for layer, rows in cache.kept_tokens().items()}
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+def test_bytes_are_what_is_allocated(model, prompts, make_artifact, method):
+    inputs = prompts.batch([[3, prompts.square, 4], [2, prompts.wide, 5]])
+    cache, _ = kept_of(model, make_artifact(RAW), inputs, method)
+    counted = cache_bytes(cache)
+    kept = 22 + 12  # of 88 and 52
+    per_head = min(2 * 22, 11) + min(2 * 12, 7)  # one bit a token is less than two bytes an index
+    tables = per_head * (3 * HEADS if method == "snapkv" else 1)
+    assert counted.span == 3 * kept * BYTES + tables
+    assert counted.span_dense == 3 * (88 + 52) * BYTES
+    assert counted.dense == 3 * (88 + 52 + 14) * BYTES
+    assert storage_bytes(cache_tensors(cache)) == counted.stored
+    codes = sum(layer.store.codes.numel() for layer in cache.layers)
+    assert codes == 2 * 3 * kept * BYTES  # fp32 here, counted at 2 bytes a number
+
+
+def test_rivals_code_the_kept_tokens(model, geometry, prompts, make_artifact):
+    inputs = prompts.batch([[3, prompts.square, 4]])
+    coder = make_coder("native", geometry)
+    with torch.no_grad(), enable(model, make_artifact(RAW), backend="torch", token_method="fastv", token_keep_ratio=0.25) as enabled:
+        rival, own = enabled.new_cache(coder), enabled.new_cache()
+        model(**inputs, past_key_values=rival)
+        model(**inputs, past_key_values=own)
+    assert [layer.spans.tokens() for layer in rival.layers] == [22, 22, 22]
+    assert cache_bytes(rival).span == cache_bytes(own).span and cache_bytes(rival).span_dense == cache_bytes(own).span_dense
+    keys, _ = rival.layers[2].spans.rows[0][0].rebuild()
+    assert keys.shape == (HEADS, 22, DIM)
+
+
+@pytest.mark.parametrize("method", ["fastv", "snapkv"])
+@pytest.mark.parametrize("name", ["native", "int4", "kivi4", "head-drop"])
+def test_a_rivals_budget_holds_for_all_tokens(geometry, method, name):
+    budget, ratio = 0.2, 0.5
+    if name == "native":
+        ratio = fitting_ratio(geometry, method, budget)
+        share = None
+    else:
+        share = code_share(geometry, method, ratio, budget)
+    coder = make_coder(name, geometry, kv_budget=share, state={"knockout": {i: torch.ones(HEADS) for i in range(3)}},
+                       tokens=kept_tokens(512, ratio))  # fmt: skip
+    dense = geometry.dense_bytes_per_token()
+    for tokens in (512, 513, 700, 2048):
+        count = kept_tokens(tokens, ratio)
+        codes = sum(coder.bytes_of(count, i) for i in range(3))
+        assert codes + count * index_share(geometry, method) * dense <= budget * tokens * dense + 1e-9
+    assert worst_share(make_coder("native", geometry), geometry) == 1.0
+    assert list(RIVALS)[-1] == "native" or "native" in RIVALS
+
+
+def test_our_budget_is_what_the_kept_tokens_leave(geometry, make_artifact):
+    method = with_selection(make_artifact(RAW).method, "snapkv", 0.5)
+    assert (method.token_method, method.token_keep_ratio, method.image_tokens) == ("snapkv", 0.5, 256)
+    made = with_total(method, geometry, 0.25)
+    # two bytes an index beside 4 D; plans for 256 tokens pay for means once in 256, so nothing else is taken off
+    assert made.kv_budget == pytest.approx(0.5 - 2 / (4 * DIM))
+    assert made.token_budget == 0.25
+    few = with_total(with_selection(make_artifact(RAW).method, "fastv", 1 / 16), geometry, 1 / 64)
+    index = 2 / (3 * BYTES)
+    assert few.kv_budget < 0.25 - index  # 32 tokens cannot pay for means that a plan spreads over more
+    assert with_total(make_artifact(RAW).method, geometry, 0.25).kv_budget == 0.25
+
+
+def test_selection_and_budget_are_refused_where_they_do_not_fit(geometry, make_artifact):
+    artifact = make_artifact(RAW)
+    with pytest.raises(UsageError, match="say how many with --token-keep-ratio"):
+        selecting(artifact, "fastv", None)
+    with pytest.raises(UsageError, match="say which with --token-method"):
+        selecting(artifact, None, 0.5)
+    with pytest.raises(UsageError, match="unknown --token-method 'h2o'"):
+        selecting(artifact, "h2o", 0.5)
+    with pytest.raises(UsageError, match="compile with --span visual"):
+        selecting(make_artifact(RAW, span="all"), "fastv", 0.5)
+    with pytest.raises(UsageError, match="too small: the means of 256 kept tokens"):
+        with_total(with_selection(artifact.method, "fastv", 0.5), geometry, 0.003)
+    with pytest.raises(UsageError, match="leaves nothing for the codes"):
+        code_share(geometry, "snapkv", 1.0, 0.001)
+    assert selecting(selecting(artifact, "fastv", 0.25), "snapkv", 1.0).method.token_method is None
+    assert replanned(selecting(artifact, "fastv", 0.25), keep_ratio=1.0).method.token_budget is None
