@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .batches import Encoded, merge_media, pad, positions
+from .cached_tensors import cache_directory, save_cached
 from .errors import RotateKError
 from .geometry import Geometry
 from .moments import Moments
 from .placement import input_device
-from .text_attention import set_text_attention
+from .text_attention import attended_by
 
 NAME = "rotatek_calibrate"
 SAVE_SECONDS = 20.0
 STORE_FORMAT = 2  # of saved moments: raised whenever the same documents would give other sums
-STALE_SECONDS = 3600.0  # after which a temporary file is taken for a killed run's
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,36 +86,20 @@ class Collector:
             self.moments.add_queries(layer, self.readers.take(query).unflatten(0, (key.shape[1], -1)), scaling)
 
 
-_active: Collector | None = None
-
-
-def _calibrating_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+def _attention(
+    collector: Collector,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if _active is not None:
-        _active.collect(module, query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5)
+    collector.collect(module, query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5)
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-@contextmanager
-def collecting(model: Any, collector: Collector) -> Any:
-    """Route the text model's attention through the collector, and back."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    global _active
-    AttentionInterface.register(NAME, _calibrating_attention)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    before = model.config.get_text_config(decoder=True)._attn_implementation
-    set_text_attention(model, NAME)
-    _active = collector
-    try:
-        yield
-    finally:
-        _active = None
-        set_text_attention(model, before)
 
 
 def calibrate(
@@ -138,7 +122,7 @@ def calibrate(
     saved, whole = time.monotonic(), Moments(dict(moments.sums), moments.documents)
     bar = tqdm(total=len(items), initial=moments.documents, desc="moments", unit="doc", disable=None if not quiet else True, leave=False)
     try:
-        with bar, collecting(model, collector), torch.inference_mode():
+        with bar, attended_by(model, NAME, partial(_attention, collector)), torch.inference_mode():
             while moments.documents < len(items):
                 batch = list(items[moments.documents : moments.documents + batch_size])
                 run_batch(model, batch, collector, pad_id, device, dtype)
@@ -246,28 +230,9 @@ class MomentStore:
         Raises:
             RotateKError: the cache directory cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._clear()
-            sums = moments.packed()
-            # one entry: safetensors writes several in an order of its own each time, and equal moments should be equal files
-            save_file(sums, temporary, metadata={"moments": f"{moments.documents} {_checksum(sums, moments.documents)}"})
-            temporary.replace(self.file)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):  # where even deleting fails, the first error is the one to tell
-                temporary.unlink(missing_ok=True)
-            raise RotateKError(f"could not save moments to {self.file}: {error}; free space or set ROTATEK_CACHE") from error
-
-    def _clear(self) -> None:
-        """Delete the temporary files of runs that were killed while they saved."""
-        for left in self.file.parent.glob(f"{self.file.stem}.*.tmp"):
-            with suppress(OSError):
-                if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                    left.unlink()
+        sums = moments.packed()
+        # one entry: safetensors writes several in an order of its own each time, and equal moments should be equal files
+        save_cached(self.file, sums, "moments", {"moments": f"{moments.documents} {_checksum(sums, moments.documents)}"})
 
 
 def _checksum(sums: dict[str, Tensor], documents: int) -> str:
@@ -277,10 +242,3 @@ def _checksum(sums: dict[str, Tensor], documents: int) -> str:
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
         digest.update(value.numpy().data)
     return digest.hexdigest()
-
-
-def cache_directory() -> Path:
-    """ROTATEK_CACHE, or `rotatek` in the user's cache directory."""
-    if chosen := os.environ.get("ROTATEK_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotatek"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import suppress
 from typing import Any
 
 from .artifact import library_versions
-from .calibrate import cache_directory
-from .errors import ArtifactError, RotateKError
+from .cached_tensors import cache_directory, save_cached
+from .errors import ArtifactError
 from .geometry import Geometry
 from .rap_plan import RapPlan
 
@@ -42,15 +40,4 @@ class PlanStore:
         Raises:
             RotateKError: the cache directory cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.cpu() for name, tensor in plan.tensors().items()}, temporary)
-            temporary.replace(self.file)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise RotateKError(f"could not save the plan to {self.file}: {error}; free space or set ROTATEK_CACHE") from error
+        save_cached(self.file, {name: tensor.cpu() for name, tensor in plan.tensors().items()}, "the plan")

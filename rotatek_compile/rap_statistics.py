@@ -10,8 +10,8 @@ may not be once logits are wrong. All sums are fp64 and additive over documents;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .batches import Encoded
 from .geometry import Geometry
 from .rap_reading import PROJECTIONS, SHARES, Read, attentions, heads_of, output_heads, read
-from .text_attention import set_text_attention
+from .text_attention import attended_by
 
 NAME = "rotatek_rap_statistics"
 QUERIES = 48  # of each document
@@ -185,36 +185,22 @@ def _times(matrix: Tensor, query: Tensor) -> Tensor:
     return torch.cat([xa * qa + xb * qb, xa * qb - xb * qa], -1)
 
 
-_active: _Collector | None = None
-
-
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+    collector: _Collector,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     out, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if _active is not None and hasattr(module, "layer_idx"):
-        _active.collect(module, query, key, out, attention_mask, scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if hasattr(module, "layer_idx"):
+        collector.collect(module, query, key, out, attention_mask, scaling if scaling is not None else query.shape[-1] ** -0.5)
     return out, weights
-
-
-@contextmanager
-def _collecting(model: Any, collector: _Collector) -> Any:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    global _active
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    before = model.config.get_text_config(decoder=True)._attn_implementation
-    set_text_attention(model, NAME)
-    _active = collector
-    try:
-        yield
-    finally:
-        _active = None
-        set_text_attention(model, before)
 
 
 def collect(
@@ -236,7 +222,7 @@ def collect(
         statistics.add(f"{i}.gram", (per_head.mT @ per_head).unflatten(0, (shape.kv_heads, -1)).sum(1))
     collector, draw = _Collector(statistics, geometry), torch.Generator().manual_seed(0)
     bar = tqdm(total=len(documents), desc="pairs", unit="doc", disable=None if not quiet else True, leave=False)
-    with bar, _collecting(model, collector), torch.inference_mode():
+    with bar, attended_by(model, NAME, partial(_attention, collector)), torch.inference_mode():
         for start in range(0, len(documents), batch_size):
             batch = read(model, documents[start : start + batch_size], geometry, pad_id)
             collector.announce(batch, draw)

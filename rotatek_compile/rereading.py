@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .errors import RotateKError
-from .text_attention import set_text_attention
+from .text_attention import attended_by
 
 NAME = "rotatek_reread"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -117,15 +118,19 @@ def _own_part(seen: Tensor, cuts: int, past: int, new: int, number: int) -> Tens
     return torch.cat([rows[..., :past], rows[..., start : start + new]], -1)
 
 
-_active: Cache | None = None
-
-
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+    cache: Cache,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    layer = _active.layers[int(module.layer_idx)] if _active is not None and hasattr(module, "layer_idx") else None  # type: ignore[arg-type]
+    layer = cache.layers[int(module.layer_idx)] if hasattr(module, "layer_idx") else None  # type: ignore[arg-type]
     if not isinstance(layer, _SharedLayer):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     for name in UNSUPPORTED:
@@ -144,10 +149,6 @@ def rereading(model: Any, stored: Any, cuts: int, replaced: Mapping[int, Sequenc
         stored: the prefilled stock cache (DynamicCache) of B rows.
         replaced: by layer, what the cuts change.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    global _active
     layers: list[Any] = []
     masks: dict[torch.device, Tensor] = {}
     for index, layer in enumerate(stored.layers):
@@ -157,16 +158,9 @@ def rereading(model: Any, stored: Any, cuts: int, replaced: Mapping[int, Sequenc
             layers.append(twin)
         else:
             layers.append(_SharedLayer(layer.keys, layer.values, replaced.get(index, ()), cuts, masks))
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    before = model.config.get_text_config(decoder=True)._attn_implementation
-    set_text_attention(model, NAME)
-    _active = cache = Cache(layers=layers)
-    try:
+    cache = Cache(layers=layers)
+    with attended_by(model, NAME, partial(_attention, cache)):
         yield cache
-    finally:
-        _active = None
-        set_text_attention(model, before)
 
 
 def decoder_layers(model: nn.Module, count: int) -> list[nn.Module] | None:

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .errors import RotateKError
+
+
+@contextmanager
+def attended_by(model: Any, name: str, attention: Callable[..., Any]) -> Iterator[None]:
+    """Let an attention function of ours, registered as `name`, attend for the text part, and the model's own one afterwards again.
+
+    It gets the masks that sdpa would get.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    before = model.config.get_text_config(decoder=True)._attn_implementation
+    set_text_attention(model, name)
+    try:
+        yield
+    finally:
+        set_text_attention(model, before)
 
 
 def set_text_attention(model: Any, implementation: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rotatek_compile import calibrate
+from rotatek_compile.cached_tensors import STALE_SECONDS
 from rotatek_compile.calibrate import MomentStore
 from rotatek_compile.moments import Moments
 
@@ -66,7 +67,7 @@ def test_temporary_files_of_killed_runs_go(store, tmp_path):
     old, young, foreign = (tmp_path / name for name in (f"{store.file.stem}.1.tmp", f"{store.file.stem}.2.tmp", "moments-other.1.tmp"))
     for file in (old, young, foreign):
         file.touch()
-    long_ago = time.time() - 2 * calibrate.STALE_SECONDS
+    long_ago = time.time() - 2 * STALE_SECONDS
     os.utime(old, (long_ago, long_ago))
     os.utime(foreign, (long_ago, long_ago))
     store.save(moments())
