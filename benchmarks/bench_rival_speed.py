@@ -29,6 +29,9 @@ from measuring import read_csv, write_csv
 
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.kernels import table
+from rotatek_compile.methods import KV
+from rotatek_compile.names import OURS as OWN
+from rotatek_compile.proof_suite import KEYS
 from rotatek_compile.suite import ALL, read_results
 
 SHAPES = ((1, 32768), (8, 8192), (32, 4096))
@@ -116,10 +119,14 @@ def measure(args: argparse.Namespace) -> Rows:
 
 
 def losses(results: list[dict[str, str]]) -> dict[tuple[str, float], tuple[float, float]]:
-    """KL per token by method and by share of the coded span that it stores, from an evaluation: {(method, share): (KL, exact match)}."""
+    """KL per token by method and by share of the coded span that it stores, from an evaluation: {(method, share): (KL, exact match)}.
+
+    Of a suite with several axes, those of what is timed: Keys and Values of ours, and rivals as they are, not beside other Values.
+    """
     found = {}
     for row in results:
-        if row["skill"] == ALL and row["ask"] == "after" and float(row["span_bytes_dense"] or 0):
+        axes = (KV,) if row["method"] == OWN else (KV, KEYS)
+        if row["skill"] == ALL and row["ask"] == "after" and (row.get("axis") or KV) in axes and float(row["span_bytes_dense"] or 0):
             share = float(row["span_bytes"]) / float(row["span_bytes_dense"])
             found[row["method"], share] = float(row["kl"]), float(row["exact_match"])
     return found
@@ -131,7 +138,7 @@ def loss_of(row: dict[str, Any], known: dict[tuple[str, float], tuple[float, flo
     Args:
         dense: MB that the dense cache of the same shape takes.
     """
-    name = "rotatek" if row["method"].startswith("ours") else row["method"]
+    name = OWN if row["method"].startswith("ours") else row["method"]
     share = float(row["read_MB"]) / dense
     near = min(((abs(at / share - 1), kl, exact, at) for (method, at), (kl, exact) in known.items() if method == name), default=None)
     return f"{near[1]:.1e}, {near[2]:.3f} (at {near[3]:.3f})" if near is not None and near[0] <= 0.1 else "-"

@@ -222,8 +222,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.models:
         short = Path(name).name
         models[short], covariances[short] = run(name, args)
-    generator = torch.Generator().manual_seed(args.seed)
     for name, own in covariances.items():
+        generator = torch.Generator().manual_seed(args.seed)  # the same draws whichever models are measured together
         for other, beside in covariances.items():
             if other != name and own[0].shape[-1] == beside[0].shape[-1]:
                 models[name]["drift"][f"the most like head of {other}"] = between(own, beside)

@@ -63,13 +63,13 @@ def outside(old: Row, new: Row, tolerance: Tolerance) -> list[str]:
         low, high, value = (float(old[f"{name}{end}"]) for end in ("_low", "_high", ""))
         low, high = min(low, value) - slack[name], max(high, value) + slack[name]
         least, most = (float(new[name if same else f"{name}{end}"]) for end in ("_low", "_high"))
-        if most < low - 1e-9 or least > high + 1e-9:
+        if not (most >= low - 1e-9 and least <= high + 1e-9):  # also what is no number
             seen = f"{float(new[name]):.3g}" if same else f"[{least:.3g}, {most:.3g}]"
             found.append(f"{words} {seen}, committed {value:.3g} [{float(old[f'{name}_low']):.3g}, {float(old[f'{name}_high']):.3g}]")
     if same:
         for part in ("span", "kv"):
             was, now = float(old[f"{part}_bytes"]), float(new[f"{part}_bytes"])
-            if abs(now - was) > tolerance.bytes * max(was, 1.0):
+            if not abs(now - was) <= tolerance.bytes * max(was, 1.0):
                 found.append(f"{part} bytes {now:.0f}, committed {was:.0f}")
     return found
 

@@ -27,6 +27,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+OPTIONS = "options.json"  # in --work: of which run it is
 STEPS = ("suite", "rotation", "subspaces", "tables")
 # minutes on a quiet core of 2026, for the sentence before a step: of a calibration document, of a document by one method in one mode, ...
 COMPILING, ANSWERING, ENTRIES, CALIBRATED, ROTATING, SUBSPACES = 2.5 / 60, 0.35 / 60, 55, 46, 0.05, 0.15
@@ -67,11 +68,18 @@ def outside(old: Plain, new: Plain, same: bool, slack: float = 1e-6) -> list[str
     return said
 
 
+def gone(old: Plain, new: Plain) -> list[str]:
+    """Names of committed figures that a rerun does not have."""
+    found = {name for name, *_ in figures(new)}
+    return [name.lstrip("/") for name, *_ in figures(old) if name not in found]
+
+
 class Evidence:
     """Runs steps, each in a process of its own, and collects what is outside."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.problems = args, []  # type: argparse.Namespace, list[str]
+        self.unchecked: list[str] = []  # what has nothing committed beside it
         self.began = time.monotonic()
 
     def run(self, words: str, command: Sequence[str], minutes: float = 0.0, fails: bool = True) -> int:
@@ -136,6 +144,7 @@ class Evidence:
         committed = [file for file in (RESULTS / f"evidence-{model}.csv", RESULTS / f"proof-{model}.csv") if file.exists()]
         if not committed:
             print(f"{model}: no committed results to compare with")
+            self.unchecked.append(f"{model}: the suite")
         elif self.run("compare", self.script("check_results.py", str(committed[0]), str(target / "results.csv"), "--some"), fails=False):
             self.problems.append(f"{model}: rows of the suite")
 
@@ -158,26 +167,48 @@ class Evidence:
             self.run(f"{script}, {model}", self.script(script, *options, "--output", str(target)), minutes)
         if not (RESULTS / name).exists():
             print(f"no committed results/{name} to compare with")
+            self.unchecked.append(f"{model}: {script}")
             return
         old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / name, file))
         same = old["documents"] == new["documents"] and old["num_samples"] == new["num_samples"]
         if "models" in new:
             old, new = old["models"].get(model), new["models"][model]
-        said = outside(old, new, same)
+        if old is None:
+            print(f"no committed figures of {model} in results/{name} to compare with")
+            self.unchecked.append(f"{model}: {script}")
+            return
+        said, lacking = outside(old, new, same), gone(old, new)
+        if lacking:
+            print("\n".join(f"{one}: committed, and not in the rerun" for one in lacking))
+            self.unchecked.append(f"{model}: {len(lacking)} figures of {script}")
         print("\n".join([*said, f"{script}, {model}: {len(said)} figures outside"]), flush=True)
         self.problems += [f"{model}: {len(said)} figures of {script}"] if said else []
 
     def all(self) -> int:
         """Everything that was asked for."""
         self.args.work.mkdir(parents=True, exist_ok=True)
+        self.same_options()
         for model in self.args.models:
             for step in ("suite", "rotation", "subspaces"):
                 if step in self.args.only:
                     getattr(self, step)(model)
         if "tables" in self.args.only and self.run("tables of README and docs", self.script("fill_tables.py", "--check"), fails=False):
             self.problems.append("tables of README and docs are not what the committed results print")
-        print(f"{(time.monotonic() - self.began) / 60:.1f} minutes; " + ("; ".join(self.problems) or "all as committed"))
+        good = "what could be compared is as committed" if self.unchecked else "all as committed"
+        words = "; ".join(self.problems) or good
+        words += f" (not compared: {', '.join(self.unchecked)})" if self.unchecked else ""
+        print(f"{(time.monotonic() - self.began) / 60:.1f} minutes; {words}")
         return int(bool(self.problems))
+
+    def same_options(self) -> None:
+        """What --work keeps is of these options. Raises SystemExit if it is of others, which would be taken for theirs."""
+        options, file = {name: getattr(self.args, name) for name in ("data", "num_samples", "documents")}, self.args.work / OPTIONS
+        if not file.exists():
+            file.write_text(json.dumps(options) + "\n", encoding="utf-8")
+        for name, kept in json.loads(file.read_text(encoding="utf-8")).items():
+            if kept != options.get(name):
+                option = name.replace("_", "-")
+                raise SystemExit(f"error: {self.args.work} holds a run with --{option} {kept}; give the same, or another --work")
 
 
 def main() -> int:

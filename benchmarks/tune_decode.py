@@ -39,25 +39,14 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "few_registers": (128, None),
     "many_registers": (128, 168, None),
     "costs": (0.7, 1.0, 1.4),
-    "widths": (
-        (1, False, False),
-        (4, False, False),
-        (1, True, False),
-        (4, True, False),
-        (8, True, False),
-        (4, True, True),
-        (8, True, True),
-    ),
 }
-"""What is tried; `costs` scales what instructions cost, `widths` are most_classes, rests and launches."""
+"""What is tried; `costs` scales what instructions cost."""
 
 
 def changed(tuning: Tuning, name: str, value: Any) -> Tuning:
     """A row with one setting of `VALUES`."""
     if name == "costs":
-        return replace(tuning, **{cost: round(getattr(tuning, cost) * value, 3) for cost in ("softmax", "byte", "nibble", "rest")})
-    if name == "widths":
-        return replace(tuning, most_classes=value[0], rests=value[1], launches=value[2])
+        return replace(tuning, **{cost: round(getattr(tuning, cost) * value, 3) for cost in ("softmax", "byte", "nibble")})
     return replace(tuning, **{name: value})
 
 
@@ -84,15 +73,13 @@ class Trial:
         layers = planned(self.layers[key], tuning)
         plan = layers[0].view.splits
         assert plan is not None
-        options: dict[str, Any] = {}
-        if len(plan.launches) == 1:  # each of several has tiles of its own
-            widths = decode.Widths.of(plan.key_widths, plan.value_widths, plan.pairs, plan.fine)
-            options["tiles"] = decode.config(widths, DIM, 2, tuning=tuning)
+        widths = decode.Widths.of(plan.key_widths, plan.value_widths, plan.pairs)
+        options: dict[str, Any] = {"two_part_query": False, "tiles": decode.config(widths, DIM, 2, tuning=tuning)}
         try:
-            error = timed_shape_error(layers[0], append=True, two_part_query=False, **options)
+            error = timed_shape_error(layers[0], append=True, **options)
             if not error < TIMED_LIMIT:
                 sys.exit(f"B {key[0]}, T {key[1]}, {key[2]}, {tuning}: error {error:.2e}, limit {TIMED_LIMIT}")
-            found = graph_us(our_steps(layers, True, two_part_query=False, **options), ahead=place() == "cuda", enough_ms=40)
+            found = graph_us(our_steps(layers, True, **options), ahead=place() == "cuda", enough_ms=40)
         except Exception as error:
             if type(error).__name__ != "OutOfResources":
                 raise

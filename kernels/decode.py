@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decode_classes import KEY_REST, VALUE_REST, Tiles, WidthClass, largest, power_of_two, tiles
 from .decode_tuning import H100, Tuning, tuning_of
 from .slabs import Slabs
 from .table import CacheView
@@ -45,36 +44,44 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Tiles of the widest slabs that the split kernel is compiled for. `pairs` are those of `SplitPlan`."""
+    """Widths that the split kernel is compiled for: a layer's widest slabs as powers of two, 0 where a slab does not occur.
 
-    key: Tiles
-    value: Tiles
+    Of 4-bit slabs the bytes count. `pairs` are those of `SplitPlan`.
+    """
+
+    key: tuple[int, int, int]
+    value: tuple[int, int, int]
     pairs: frozenset[tuple[bool, bool]]
 
     @classmethod
-    def of(cls, key_widths: Slabs, value_widths: Slabs, pairs: frozenset[tuple[bool, bool]], fine: bool = False) -> Widths:
+    def of(cls, key_widths: Slabs, value_widths: Slabs, pairs: frozenset[tuple[bool, bool]]) -> Widths:
         """Those of a layer, from its `SplitPlan`."""
-        return cls(tiles(key_widths, KEY_REST * fine), tiles(value_widths, VALUE_REST * fine), pairs)
+        return cls(_tile(key_widths), _tile(value_widths), pairs)
 
     def value_tile(self, head_dim: int) -> int:
         """Directions of the Values that a coded split sums over, all slabs together; raw Values have all."""
-        native, byte, nibble, rest = self.value
+        native, byte, nibble = self.value
         coded = any(not raw for _, raw in self.pairs)
-        return max((native + byte + 2 * (nibble + rest)) * coded, power_of_two(head_dim) * ((False, True) in self.pairs))
+        return max((native + byte + 2 * nibble) * coded, _power_of_two(head_dim) * ((False, True) in self.pairs))
 
     def token_bytes(self, head_dim: int, itemsize: int) -> int:
-        """Bytes that a tile of a coded split takes per token, in shared memory; those of a rest are there twice."""
-        raw = power_of_two(head_dim) * itemsize
-        coded = [native * itemsize + byte + nibble + 2 * rest for native, byte, nibble, rest in (self.key, self.value)]
+        """Bytes that a tile of a coded split takes per token, in shared memory."""
+        raw = _power_of_two(head_dim) * itemsize
+        coded = [native * itemsize + byte + nibble for native, byte, nibble in (self.key, self.value)]
         sides = ([raw if is_raw else size for is_raw, size in zip(pair, coded, strict=True)] for pair in self.pairs)
         return max((sum(side) for side in sides), default=0)
 
+    def constants(self) -> dict[str, int | bool]:
+        """The split kernel's arguments."""
+        widths = dict(zip(("KN", "K8", "K4", "VN", "V8", "V4"), self.key + self.value, strict=True))
+        pairs = {"CODED_KEYS": (False, True), "CODED_VALUES": (True, False), "CODED_BOTH": (False, False)}
+        return {**widths, **{name: pair in self.pairs for name, pair in pairs.items()}}
 
-@functools.lru_cache(maxsize=1024)
-def constants(classes: tuple[WidthClass, ...], fine: bool) -> dict[str, tuple[tuple[int | bool, ...], ...]]:
-    """The split kernel's argument about classes of widths; with `fine` tiles have rests."""
-    each = ((*tiles(x.key, KEY_REST * fine), *tiles(x.value, VALUE_REST * fine), x.raw_key, x.raw_value) for x in classes)
-    return {"CLASSES": tuple(each)}
+
+def _tile(slabs: Slabs) -> tuple[int, int, int]:
+    native, byte, nibble = slabs
+    widths = [max(16, _power_of_two(width)) if width else 0 for width in (native, byte, nibble // 2)]  # tl.dot takes 16 and more
+    return widths[0], widths[1], widths[2]
 
 
 def config(widths: Widths, head_dim: int, itemsize: int, rows: int = 8, tuning: Tuning = H100) -> Config:
@@ -103,16 +110,17 @@ def config(widths: Widths, head_dim: int, itemsize: int, rows: int = 8, tuning: 
 
 @functools.lru_cache(maxsize=1024)
 def _choice(
-    classes: tuple[WidthClass, ...],
+    key_widths: Slabs,
+    value_widths: Slabs,
     pairs: frozenset[tuple[bool, bool]],
-    fine: bool,
     head_dim: int,
     itemsize: int,
     rows: int,
-    tuning: Tuning,
-) -> Config:
+    device: torch.device,
+) -> tuple[Config, dict[str, int | bool]]:
     """Kept, because at batch 1 the host's time for a call counts."""
-    return config(Widths.of(*largest(classes), pairs, fine), head_dim, itemsize, rows, tuning)
+    widths = Widths.of(key_widths, value_widths, pairs)
+    return config(widths, head_dim, itemsize, rows, tuning_of(device)), widths.constants()
 
 
 def supported(q: Tensor, view: CacheView) -> str | None:
@@ -190,12 +198,14 @@ def decode_attention(
     heads = view.num_kv_heads
     group = query_heads // heads
     rows = count * group
-    apart_rows = max(8, power_of_two(rows))
+    apart_rows = max(8, _power_of_two(rows))
     q, *appended = (x if x.stride(3) == 1 else x.contiguous() for x in (q, *(new or ())))
     new_keys, new_values = appended or (q, q)
     if new is not None and any(x.shape != (batch, heads, count, dim) or x.dtype != q.dtype or x.device != q.device for x in appended):
         found = [(tuple(x.shape), x.dtype) for x in appended]
         raise ValueError(f"new Keys and Values must be {(batch, heads, count, dim)} {q.dtype} on {q.device}, got {found}")
+    chosen, constants = _choice(plan.key_widths, plan.value_widths, plan.pairs, dim, q.element_size(), apart_rows, q.device)
+    tiles = tiles or chosen
     precision = "tf32x3" if q.dtype is torch.float32 else "tf32"  # read for fp32 operands only
     out = torch.empty((batch, query_heads, count, dim), dtype=q.dtype, device=q.device)
     splits = plan.num_splits
@@ -204,32 +214,32 @@ def decode_attention(
     part_rows = -(-splits * rows // 4) * 4
     parts = torch.empty(part_rows * (dim + 2), dtype=torch.float32, device=q.device)
     part_acc, part_m, part_l = parts.split((part_rows * dim, part_rows, part_rows))
-    for number, launch in enumerate(plan.launches):
-        pairs = launch.pairs if len(plan.launches) > 1 else plan.pairs
-        tile = tiles or _choice(launch.classes, pairs, plan.fine, dim, q.element_size(), apart_rows, tuning_of(q.device))
-        classes = constants(launch.classes, plan.fine and tile.apart)
-        kernels.split_kernel[(launch.records.shape[0],)](
-            q, launch.records, view.table, view.codes, view.bases, view.own_bases, view.scales, view.means, view.own_means,
+    if splits:
+        kernels.split_kernel[(splits,)](
+            q, plan.records, view.table, view.codes, view.bases, view.own_bases, view.scales, view.means, view.own_means,
             view.window_keys, view.window_values, view.window_lengths, new_keys, new_values,
             part_m, part_l, part_acc,
             scaling * math.log2(math.e),
             q.stride(0), q.stride(1), q.stride(2), view.window_keys.stride(0), view.window_keys.stride(1),
             *new_keys.stride()[:3], *new_values.stride()[:3],
-            HEADS=heads, G=group, T=count, D=dim, DP=power_of_two(dim), M=max(16, apart_rows), APART_M=apart_rows, **classes,
-            BLOCK_N=tile.block_n, STAGES=tile.stages, DENSE_BLOCK_N=tile.dense_block_n, DENSE_STAGES=tile.dense_stages,
-            APART=tile.warps * tile.apart, APPEND=new is not None and launch.raw, EARLY=early, CHAINED=early and number > 0,
-            TWO_PART=two_part_query, UPCAST=not q.is_cuda, PRECISION=precision, num_warps=tile.warps, maxnreg=tile.registers,
-            launch_pdl=early and number > 0,
+            HEADS=heads, G=group, T=count, D=dim, DP=_power_of_two(dim), M=max(16, apart_rows), APART_M=apart_rows, **constants,
+            BLOCK_N=tiles.block_n, STAGES=tiles.stages, DENSE_BLOCK_N=tiles.dense_block_n, DENSE_STAGES=tiles.dense_stages,
+            APART=tiles.warps * tiles.apart, APPEND=new is not None, EARLY=early,
+            TWO_PART=two_part_query, UPCAST=not q.is_cuda, PRECISION=precision, num_warps=tiles.warps, maxnreg=tiles.registers,
         )  # fmt: skip
-    block_s = min(64, max(2, power_of_two(plan.max_splits)))
+    block_s = min(64, max(2, _power_of_two(plan.max_splits)))
     # Few rows: cut the channels too, so that enough programs read the partials.
-    block_d = 32 if batch * heads * rows < 512 else power_of_two(dim)
+    block_d = 32 if batch * heads * rows < 512 else _power_of_two(dim)
     kernels.merge_kernel[(batch * heads * rows, -(-dim // block_d))](
         part_m, part_l, part_acc, plan.ranges, out, out.stride(0), out.stride(1), out.stride(2),
         HEADS=heads, G=group, T=count, D=dim, BLOCK_S=block_s, BLOCK_D=block_d, EARLY=early and splits > 0,
         num_warps=4 if block_s * block_d > 1024 else 1, launch_pdl=early and splits > 0,
     )  # fmt: skip
     return out
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @functools.lru_cache(maxsize=64)

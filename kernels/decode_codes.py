@@ -4,18 +4,14 @@ There are so few bytes to wait for that warps which share a tile would wait for 
 dimensions, [W, ...], of which Triton gives each of the W warps one; maxima, sums and products stay within a warp. Products are turned
 round, Keys times query and Values times probabilities: the query's rows are then the narrow side of a matrix instruction, which takes 8
 of them where the other side takes 16, and few are needed.
-
-A rest of a 4-bit slab (`decode_classes.py`), 8 bytes of a Key or 16 of a Value, would fill half of such a side. So it is read twice: the
-first eight rows or columns take the low halves of its bytes, the others the high halves.
 """
 
 import triton
 import triton.language as tl
 
-from .decode_columns import all_warps, met, rotated, rotated_rest, unrotated, unrotated_pairs, unrotated_rest
-from .decode_offsets import key_rest, key_tile, value_rest, value_tile
+from .decode_columns import all_warps, met, rotated, unrotated, unrotated_pairs
 from .decode_sides import basis, headroom, largest, mean, place, slabs, two_parts
-from .decode_widen import keys_4, keys_4_rest, keys_8, values_4, values_4_rest, values_8
+from .decode_widen import keys_4, keys_8, values_4, values_8
 from .table import KEY, LENGTH, SCALES, VALUE
 
 C_LENGTH, C_KEY, C_VALUE, C_SCALES = tl.constexpr(LENGTH), tl.constexpr(KEY), tl.constexpr(VALUE), tl.constexpr(SCALES)
@@ -25,13 +21,12 @@ LIFT = tl.constexpr(12.0)  # probabilities are kept times 2**LIFT: what is 2**-2
 
 @triton.jit
 def _step(
-    state,  # m [W, M], l [W, 16, M], the sums [W, tile, M] of native, even and odd 8-bit, four kinds of 4-bit Values and two of a rest
-    queries,  # native, what rounding it lost, 8 bit, low and high halves of 4 bit, rest: [W, tile, M]
+    state,  # m [W, M], l [W, 16, M] and the sums [W, tile, M] of native, even and odd 8-bit, and the four kinds of 4-bit Values
+    queries,  # native, what rounding it lost, 8 bit, low and high halves of 4 bit: [W, tile, M]
     keys,  # pointers [W, N, tile] to the tile's Keys in each slab
     values,  # pointers [W, tile, N]
     m_keys,  # which directions there are, [1, 1, tile]
     m_values,  # [1, tile, 1]
-    halves,  # of a rest of the Keys [1, 1, 16] and of the Values [1, 16, 1] where high halves are read
     o_t,  # [W, N] token of the tile
     i_left,  # tokens left
     scale,
@@ -42,14 +37,12 @@ def _step(
     VN: tl.constexpr,
     V8: tl.constexpr,
     V4: tl.constexpr,
-    KR: tl.constexpr,  # bytes of the rests, or 0
-    VR: tl.constexpr,
     LAST: tl.constexpr,  # some of the tile's tokens are beyond the end
     TWO_PART: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """The softmax goes on over one tile."""
-    b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3, b_r0, b_r1 = state
+    b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3 = state
     W: tl.constexpr = o_t.shape[0]
     N: tl.constexpr = o_t.shape[1]
     M: tl.constexpr = b_m.shape[1]
@@ -71,11 +64,6 @@ def _step(
     if V4 > 0:
         b_v4 = tl.load(values[2], mask=m_v & m_values[2] if LAST else m_values[2], other=0)
 
-    if KR > 0:
-        b_kr = tl.load(keys[3], mask=m_k & m_keys[3] if LAST else m_keys[3], other=0)
-    if VR > 0:
-        b_vr = tl.load(values[3], mask=m_v & m_values[3] if LAST else m_values[3], other=0)
-
     b_s = tl.zeros([W, N, M], tl.float32)
     if KN > 0:
         if UPCAST:
@@ -89,8 +77,6 @@ def _step(
         b_low, b_high = keys_4(b_k4, UPCAST)
         b_s = tl.dot(b_low, queries[3], b_s)
         b_s = tl.dot(b_high, queries[4], b_s)
-    if KR > 0:
-        b_s = tl.dot(keys_4_rest(b_kr, halves[0], UPCAST), queries[5], b_s)
     if RESCALED:  # else all of it is in the queries
         b_s *= scale
     if LAST:
@@ -117,11 +103,33 @@ def _step(
         b_a1 = tl.dot(b_1, b_w, b_a1 * b_keep)
         b_a2 = tl.dot(b_2, b_w, b_a2 * b_keep)
         b_a3 = tl.dot(b_3, b_w, b_a3 * b_keep)
-    if VR > 0:
-        b_0, b_1 = values_4_rest(b_vr, halves[1], UPCAST)
-        b_r0 = tl.dot(b_0, b_w, b_r0 * b_keep)
-        b_r1 = tl.dot(b_1, b_w, b_r1 * b_keep)
-    return b_top, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3, b_r0, b_r1
+    return b_top, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3
+
+
+@triton.jit
+def _key_tile(o_t, i_width, TILE: tl.constexpr):
+    """Offsets [W, N, TILE] in a tile of a slab of Keys of this width, and which of its columns there are; nothing without a tile."""
+    o_tile = o_t
+    m_tile = o_t
+    if TILE > 0:
+        o_r = tl.arange(0, TILE)
+        i_width = i_width // 8 * 8  # so the compiler sees its multiple
+        o_tile = o_t[:, :, None] * i_width + o_r[None, None, :]
+        m_tile = (o_r < i_width)[None, None, :]
+    return o_tile, m_tile
+
+
+@triton.jit
+def _value_tile(o_t, i_width, TILE: tl.constexpr, PER: tl.constexpr):
+    """Offsets [W, TILE, N] in a tile of a slab of Values, PER of its numbers read as one, and which of its rows there are."""
+    o_tile = o_t
+    m_tile = o_t
+    if TILE > 0:
+        o_r = tl.arange(0, TILE)
+        i_width = i_width // 8 * (8 // PER)
+        o_tile = o_t[:, None, :] * i_width + o_r[None, :, None]
+        m_tile = (o_r < i_width)[None, :, None]
+    return o_tile, m_tile
 
 
 @triton.jit
@@ -146,8 +154,6 @@ def coded_apart(
     VN: tl.constexpr,
     V8: tl.constexpr,
     V4: tl.constexpr,
-    KR: tl.constexpr,  # bytes of a rest after the 4-bit tiles, or 0
-    VR: tl.constexpr,
     RAW_KEYS: tl.constexpr,
     RAW_VALUES: tl.constexpr,
     BLOCK_N: tl.constexpr,  # tokens of all warps together
@@ -170,7 +176,6 @@ def coded_apart(
     b_q8 = b_q
     b_qa = b_q
     b_qb = b_q
-    b_qr = b_q
     if not RAW_KEYS:
         p_basis, i_stride = place(p_key, bases, own_bases)
         p_scales = scales + tl.load(p_key + C_SCALES)
@@ -182,12 +187,9 @@ def coded_apart(
         if K8 > 0:
             b_q8 = rotated(b_q, p_basis + i_kn, i_stride, i_k8, p_scales, scale, D, DP, K8, True, WARPS, UPCAST)
             i_top = tl.maximum(i_top, largest(b_q8))
-        p_basis += i_kn + i_k8
-        p_scales += i_k8
-        if KR > 0:
-            b_qr = rotated_rest(b_q, p_basis, i_stride, i_k4, p_scales, scale, K4, D, DP, WARPS, UPCAST)
-            i_top = tl.maximum(i_top, largest(b_qr))
         if K4 > 0:
+            p_basis += i_kn + i_k8
+            p_scales += i_k8
             b_qa = rotated(b_q, p_basis, i_stride, i_k4, p_scales, scale, D, DP, K4, True, WARPS, UPCAST)
             b_qb = rotated(b_q, p_basis + i_k4, i_stride, i_k4, p_scales + i_k4, scale, D, DP, K4, True, WARPS, UPCAST)
             i_top = tl.maximum(i_top, tl.maximum(largest(b_qa), largest(b_qb)))
@@ -201,32 +203,22 @@ def coded_apart(
             b_qa = (b_qa / i_less).to(CODE)
             b_qb = (b_qb / i_less).to(CODE)
             b_bias += 0.5 * i_less * tl.sum(b_qa.to(tl.float32) + b_qb.to(tl.float32), 0)
-        if KR > 0:
-            b_qr = (b_qr / i_less).to(CODE)
-            b_bias += 0.5 * i_less * tl.sum(b_qr.to(tl.float32), 0)
         scale = i_less  # the rest is in the queries
     RESCALED: tl.constexpr = RAW_KEYS or tl.float16 == TYPE
-    queries = (
-        all_warps(b_qn, WARPS), all_warps(b_ln, WARPS), all_warps(b_q8, WARPS),
-        all_warps(b_qa, WARPS), all_warps(b_qb, WARPS), all_warps(b_qr, WARPS),
-    )  # fmt: skip
+    queries = (all_warps(b_qn, WARPS), all_warps(b_ln, WARPS), all_warps(b_q8, WARPS), all_warps(b_qa, WARPS), all_warps(b_qb, WARPS))
 
     N: tl.constexpr = BLOCK_N // WARPS
     o_t = tl.arange(0, WARPS)[:, None] * N + tl.arange(0, N)[None, :]
-    o_kn, m_kn = key_tile(o_t, D if RAW_KEYS else i_kn, KN)
-    o_k8, m_k8 = key_tile(o_t, i_k8, K8)
-    o_k4, m_k4 = key_tile(o_t, i_k4, K4)
-    o_vn, m_vn = value_tile(o_t, D if RAW_VALUES else i_vn, VN, 1)
-    o_v8, m_v8 = value_tile(o_t, i_v8, V8 // 2, 2)
-    o_v4, m_v4 = value_tile(o_t, i_v4, V4 // 2, 2)
-    o_kr, m_kr = key_rest(o_t, i_k4, KR, K4)
-    o_vr, m_vr = value_rest(o_t, i_v4, VR, V4)
-    o_16 = tl.arange(0, 16)
-    halves = (tl.where(o_16 >= 8, 255, 0).to(tl.uint8)[None, None, :], tl.where(o_16 >= 8, -1, 0).to(tl.int16)[None, :, None])
+    o_kn, m_kn = _key_tile(o_t, D if RAW_KEYS else i_kn, KN)
+    o_k8, m_k8 = _key_tile(o_t, i_k8, K8)
+    o_k4, m_k4 = _key_tile(o_t, i_k4, K4)
+    o_vn, m_vn = _value_tile(o_t, D if RAW_VALUES else i_vn, VN, 1)
+    o_v8, m_v8 = _value_tile(o_t, i_v8, V8 // 2, 2)
+    o_v4, m_v4 = _value_tile(o_t, i_v4, V4 // 2, 2)
     p_v8 = p_v8.to(tl.pointer_type(tl.int16))
     p_v4 = p_v4.to(tl.pointer_type(tl.int16))
-    m_keys = (m_kn, m_k8, m_k4, m_kr)
-    m_values = (m_vn, m_v8, m_v4, m_vr)
+    m_keys = (m_kn, m_k8, m_k4)
+    m_values = (m_vn, m_v8, m_v4)
     b_m = tl.full([WARPS, M], float("-inf"), tl.float32)
     b_l = tl.zeros([WARPS, 16, M], tl.float32)
     # The conditional expressions only give a slab that does not occur a shape; it is not carried through the loop.
@@ -237,14 +229,11 @@ def coded_apart(
     b_a1 = b_a0
     b_a2 = b_a0
     b_a3 = b_a0
-    b_r0 = tl.zeros([WARPS, 16, M], tl.float32)
-    b_r1 = b_r0
     for _ in tl.range(0, i_count // BLOCK_N, num_stages=STAGES):
-        b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3, b_r0, b_r1 = _step(
-            (b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3, b_r0, b_r1), queries,
-            (p_kn + o_kn, p_k8 + o_k8, p_k4 + o_k4, p_k4 + o_kr), (p_vn + o_vn, p_v8 + o_v8, p_v4 + o_v4, p_v4 + o_vr),
-            m_keys, m_values, halves, o_t, i_count, scale,
-            RESCALED, KN, K8, K4, VN, V8, V4, KR, VR, False, False if RAW_KEYS else TWO_PART, UPCAST,
+        b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3 = _step(
+            (b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3), queries, (p_kn + o_kn, p_k8 + o_k8, p_k4 + o_k4),
+            (p_vn + o_vn, p_v8 + o_v8, p_v4 + o_v4), m_keys, m_values, o_t, i_count, scale,
+            RESCALED, KN, K8, K4, VN, V8, V4, False, False if RAW_KEYS else TWO_PART, UPCAST,
         )  # fmt: skip
         p_kn += BLOCK_N * (D if RAW_KEYS else i_kn)
         p_k8 += BLOCK_N * i_k8
@@ -254,11 +243,10 @@ def coded_apart(
         p_v4 += BLOCK_N // 2 * i_v4
     i_left = i_count % BLOCK_N
     if i_left > 0:
-        b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3, b_r0, b_r1 = _step(
-            (b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3, b_r0, b_r1), queries,
-            (p_kn + o_kn, p_k8 + o_k8, p_k4 + o_k4, p_k4 + o_kr), (p_vn + o_vn, p_v8 + o_v8, p_v4 + o_v4, p_v4 + o_vr),
-            m_keys, m_values, halves, o_t, i_left, scale,
-            RESCALED, KN, K8, K4, VN, V8, V4, KR, VR, True, False if RAW_KEYS else TWO_PART, UPCAST,
+        b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3 = _step(
+            (b_m, b_l, b_an, b_ae, b_ao, b_a0, b_a1, b_a2, b_a3), queries, (p_kn + o_kn, p_k8 + o_k8, p_k4 + o_k4),
+            (p_vn + o_vn, p_v8 + o_v8, p_v4 + o_v4), m_keys, m_values, o_t, i_left, scale,
+            RESCALED, KN, K8, K4, VN, V8, V4, True, False if RAW_KEYS else TWO_PART, UPCAST,
         )  # fmt: skip
 
     b_top = tl.max(b_m, 0)  # some warp has seen a token
@@ -278,12 +266,9 @@ def coded_apart(
             b_acc = unrotated_pairs(
                 b_acc, b_ae, b_ao, b_share, 0.0, p_basis + i_vn, i_stride, i_v8, p_scales, D, DP, V8, WARPS, TYPE, UPCAST
             )
-        p_basis += i_vn + i_v8
-        p_scales += i_v8
-        if VR > 0:
-            b_acc = unrotated_rest(b_acc, b_r0, b_share, V4, p_basis, i_stride, i_v4, p_scales, D, DP, WARPS, TYPE, UPCAST)
-            b_acc = unrotated_rest(b_acc, b_r1, b_share, V4 + 1, p_basis, i_stride, i_v4, p_scales, D, DP, WARPS, TYPE, UPCAST)
         if V4 > 0:
+            p_basis += i_vn + i_v8
+            p_scales += i_v8
             b_acc = unrotated_pairs(b_acc, b_a0, b_a2, b_share, 0.5, p_basis, i_stride, i_v4, p_scales, D, DP, V4, WARPS, TYPE, UPCAST)
             p_basis += i_v4
             p_scales += i_v4

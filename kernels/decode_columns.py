@@ -56,48 +56,6 @@ def rotated(
 
 
 @triton.jit
-def rest_columns(i_first, i_high, PAIRS: tl.constexpr):
-    """Of a rest of a 4-bit slab that begins with byte `i_first`: the directions of its sixteen rows, eight of low and eight of high halves,
-    and the bytes they are in; every second byte with PAIRS."""
-    o_r = tl.arange(0, 16)
-    o_byte = i_first + o_r % 8 * (2 if PAIRS else 1)
-    return tl.where(o_r >= 8, i_high, 0) + o_byte, o_byte
-
-
-@triton.jit
-def columns(p_basis, i_stride, o_columns, m_columns, D: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr):
-    """Some columns of a decode matrix, [DP, 16]."""
-    o_d = tl.arange(0, DP)
-    m = (o_d < D)[:, None] & m_columns[None, :]
-    b_basis = tl.load(p_basis + o_d[:, None] * i_stride + o_columns[None, :], mask=m, other=0.0)
-    return b_basis.to(tl.float32) if UPCAST else b_basis
-
-
-@triton.jit
-def rotated_rest(
-    b_q, p_basis, i_stride, i_width, p_scales, scale, i_first,
-    D: tl.constexpr, DP: tl.constexpr, WARPS: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """`rotated` for the rest of a 4-bit slab from byte `i_first` on: [16, M] fp32."""
-    o_columns, o_byte = rest_columns(i_first, i_width, False)
-    b_basis = columns(p_basis, i_stride, o_columns, o_byte < i_width, D, DP, UPCAST)
-    b_scale = tl.load(p_scales + o_columns, mask=o_byte < i_width, other=0.0).to(tl.float32)
-    return product(tl.trans(b_basis), b_q, WARPS) * scale * b_scale[:, None]
-
-
-@triton.jit
-def unrotated_rest(
-    b_total, b_levels, b_share, i_first, p_basis, i_stride, i_width, p_scales,
-    D: tl.constexpr, DP: tl.constexpr, WARPS: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """`unrotated` for every second byte of the rest of a 4-bit slab, from `i_first` on: sums [W, 16, M]."""
-    o_columns, o_byte = rest_columns(i_first, i_width, True)
-    b_basis = columns(p_basis, i_stride, o_columns, o_byte < i_width, D, DP, UPCAST)
-    b_scale = tl.load(p_scales + o_columns, mask=o_byte < i_width, other=0.0).to(tl.float32)
-    return unrotated(b_total, b_basis, (met(b_levels, b_share) + 0.5) * b_scale[:, None], WARPS, TYPE, UPCAST)
-
-
-@triton.jit
 def unrotated(b_total, b_basis, b_levels, WARPS: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr):
     """Adds what mean levels [tile, M] of some Values contribute in the model's coordinates, from their columns [DP, tile] of the basis."""
     b_high, b_low = two_parts(b_levels, TYPE, UPCAST)

@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .decode_attend import attend, coded
 from .decode_codes import coded_apart
 from .table import (
+    BASIS,
     COUNT,
     ENTRY,
     FIELDS,
@@ -21,7 +22,6 @@ from .table import (
     OFFSET,
     ROW,
     SLOT,
-    SPLIT_CLASS,
     SPLIT_FIELDS,
     SPLIT_KIND,
     START,
@@ -32,7 +32,7 @@ from .table import (
 C_SLOT, C_ROW, C_KIND, C_COUNT = tl.constexpr(SLOT), tl.constexpr(ROW), tl.constexpr(SPLIT_KIND), tl.constexpr(COUNT)
 C_START, C_ENTRY, C_RECORD, WINDOW = tl.constexpr(START), tl.constexpr(ENTRY), tl.constexpr(SPLIT_FIELDS), tl.constexpr(int(Kind.WINDOW))
 C_KEY, C_VALUE, C_FIELDS, C_OFFSET = tl.constexpr(KEY), tl.constexpr(VALUE), tl.constexpr(FIELDS), tl.constexpr(OFFSET)
-C_CLASS, C_NONE = tl.constexpr(SPLIT_CLASS), tl.constexpr(NONE)
+C_BASIS, C_NONE = tl.constexpr(BASIS), tl.constexpr(NONE)
 
 
 @triton.jit
@@ -73,15 +73,22 @@ def split_kernel(
     DP: tl.constexpr,  # next power of two of D
     M: tl.constexpr,  # query rows of products that take sixteen and more
     APART_M: tl.constexpr,  # of those that take eight and more
-    CLASSES: tl.constexpr,  # of coded splits: tiles of the Keys and of the Values, and which of them are raw (`decode_classes.py`)
+    KN: tl.constexpr,
+    K8: tl.constexpr,
+    K4: tl.constexpr,
+    VN: tl.constexpr,
+    V8: tl.constexpr,
+    V4: tl.constexpr,
+    CODED_KEYS: tl.constexpr,  # some segment has coded Keys and raw Values
+    CODED_VALUES: tl.constexpr,  # raw Keys and coded Values
+    CODED_BOTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     DENSE_BLOCK_N: tl.constexpr,
     DENSE_STAGES: tl.constexpr,
     APART: tl.constexpr,  # warps of a coded split that go their own ways, or 0
     APPEND: tl.constexpr,
-    EARLY: tl.constexpr,  # the next kernel may start before this one has ended
-    CHAINED: tl.constexpr,  # started before another one for the same layer has ended
+    EARLY: tl.constexpr,  # the merge kernel may start before this one has ended
     TWO_PART: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -100,11 +107,13 @@ def split_kernel(
     i_b = i_row // HEADS
     i_h = i_row % HEADS
     entry = table + i_entry * C_FIELDS
-    i_class = tl.load(record + C_CLASS).to(tl.int32)
+    # The window has no entry, and both of its sides are raw.
+    raw_keys = tl.load(entry + C_KEY + C_BASIS, mask=i_entry >= 0, other=C_NONE) == C_NONE
+    raw_values = tl.load(entry + C_VALUE + C_BASIS, mask=i_entry >= 0, other=C_NONE) == C_NONE
 
     p_q = q + i_b * stride_qb + i_h * G * stride_qh
     i_out = i_slot * ROWS
-    if i_class == C_NONE:
+    if raw_keys & raw_values:
         b_seen = tl.zeros([M], tl.int32) + i_count
         if tl.load(record + C_KIND) == WINDOW:
             i_length = tl.load(window_lengths + i_b)
@@ -131,15 +140,28 @@ def split_kernel(
         )  # fmt: skip
         _store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS, D)
     else:
-        for c in tl.static_range(len(CLASSES)):
-            if i_class == c:
+        # Nested, because a constant of compilation must not meet a number of the GPU in one condition.
+        if CODED_BOTH:  # noqa: SIM102
+            if (raw_keys | raw_values) == 0:
                 _coded(
                     p_q, stride_qh, stride_qt, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
-                    part_m, part_l, part_acc, i_out, G, ROWS, D, DP, M, APART_M, CLASSES, c,
+                    part_m, part_l, part_acc, i_out, G, ROWS, D, DP, M, APART_M, KN, K8, K4, VN, V8, V4, False, False,
                     BLOCK_N, STAGES, APART, TWO_PART, TYPE, UPCAST, PRECISION,
                 )  # fmt: skip
-    if CHAINED:  # the merge waits for the last of several launches only
-        gdc_wait()
+        if CODED_KEYS:  # noqa: SIM102
+            if raw_values:
+                _coded(
+                    p_q, stride_qh, stride_qt, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
+                    part_m, part_l, part_acc, i_out, G, ROWS, D, DP, M, APART_M, KN, K8, K4, VN, V8, V4, False, True,
+                    BLOCK_N, STAGES, APART, TWO_PART, TYPE, UPCAST, PRECISION,
+                )  # fmt: skip
+        if CODED_VALUES:  # noqa: SIM102
+            if raw_keys:
+                _coded(
+                    p_q, stride_qh, stride_qt, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
+                    part_m, part_l, part_acc, i_out, G, ROWS, D, DP, M, APART_M, KN, K8, K4, VN, V8, V4, True, False,
+                    BLOCK_N, STAGES, APART, TWO_PART, TYPE, UPCAST, PRECISION,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -181,20 +203,11 @@ def _coded(
     p_q, stride_qh, stride_qt, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
     part_m, part_l, part_acc, i_out,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, APART_M: tl.constexpr,
-    CLASSES: tl.constexpr, CLASS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
+    KN: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, VN: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr,
+    RAW_KEYS: tl.constexpr, RAW_VALUES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
     TWO_PART: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A split of a segment of which at least one side is coded, with warps together or apart."""
-    KN: tl.constexpr = CLASSES[CLASS][0]
-    K8: tl.constexpr = CLASSES[CLASS][1]
-    K4: tl.constexpr = CLASSES[CLASS][2]
-    KR: tl.constexpr = CLASSES[CLASS][3]
-    VN: tl.constexpr = CLASSES[CLASS][4]
-    V8: tl.constexpr = CLASSES[CLASS][5]
-    V4: tl.constexpr = CLASSES[CLASS][6]
-    VR: tl.constexpr = CLASSES[CLASS][7]
-    RAW_KEYS: tl.constexpr = CLASSES[CLASS][8]
-    RAW_VALUES: tl.constexpr = CLASSES[CLASS][9]
     if APART:
         b_q = tl.trans(_queries(p_q, stride_qh, stride_qt, G, ROWS, D, DP, APART_M, UPCAST))
         # Tiles of coded Values are halved there, and a product takes 16 and more.
@@ -202,7 +215,7 @@ def _coded(
             b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale, D, DP, APART_M,
             DP if RAW_KEYS else KN, 0 if RAW_KEYS else K8, 0 if RAW_KEYS else K4,
             DP if RAW_VALUES else VN, 0 if RAW_VALUES else 32 if V8 == 16 else V8, 0 if RAW_VALUES else 32 if V4 == 16 else V4,
-            0 if RAW_KEYS else KR, 0 if RAW_VALUES else VR, RAW_KEYS, RAW_VALUES, BLOCK_N, STAGES, APART, TWO_PART, TYPE, UPCAST,
+            RAW_KEYS, RAW_VALUES, BLOCK_N, STAGES, APART, TWO_PART, TYPE, UPCAST,
         )  # fmt: skip
         _store(part_m, part_l, part_acc, i_out, b_m, b_l, tl.trans(b_acc), ROWS, D)
     else:

@@ -17,11 +17,10 @@ class Tuning:
     Attributes:
         programs, coded_programs, filled_programs: splits to aim for per multiprocessor: of raw and native numbers; where a segment has 8-
             or 4-bit codes, whose splits have more to do before and after; once the rows (batch, head) alone fill the GPU.
-        softmax, byte, nibble, rest: what a token costs where instructions bound it, in bytes that are read in the same time: scores and
-            softmax, and each byte of a tile of 8-bit codes, of 4-bit codes, and of a rest of these.
+        softmax, byte, nibble: what a token costs where instructions bound it, in bytes that are read in the same time: scores and
+            softmax, and each byte of a tile of 8-bit and of 4-bit codes (`table.plan_splits`).
         stages: tiles of codes under way at once. large_tile: bytes per token up to which a tile has 128 tokens instead of 64.
         few_registers, many_registers: most per thread for narrow and for wide tiles of codes, so that more programs fit; None: no limit.
-        most_classes, rests, launches: how heads of different widths are split (`table.plan_splits`).
     """
 
     programs: int = 3
@@ -30,20 +29,16 @@ class Tuning:
     softmax: float = 28.0
     byte: float = 0.52
     nibble: float = 0.9
-    rest: float = 1.1
     stages: int = 3
     large_tile: int = 256
     few_registers: int | None = 128
     many_registers: int | None = 168
-    most_classes: int = 1
-    rests: bool = False
-    launches: bool = False
 
 
 H100 = Tuning()
 """Best or within 3 % of it, of 8 settings per shape for codes and of 20 to 48 where Values are raw (NVIDIA H100 80GB HBM3, Triton 3.6)."""
-ROWS = {"NVIDIA H100": H100}
-"""By how a GPU's name begins; the longest beginning counts."""
+ROWS = {"NVIDIA H100": H100, "NVIDIA H200": H100}
+"""By how a GPU's name begins; the longest beginning counts. An H200 has an H100's multiprocessors, but was not tuned for its memory."""
 
 RATE, CYCLES = 3.35e12, 132 * 1.755e9  # of the H100: bytes per second (data sheet), cycles per second of all multiprocessors
 SHARED, REGISTERS = 228 << 10, 1 << 16  # per multiprocessor
@@ -68,7 +63,7 @@ def guessed(properties: Any) -> Tuning:
     rate = 2e3 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8  # kHz, both edges; bits
     cycles = 1e3 * getattr(properties, "clock_rate", 0) * properties.multi_processor_count
     scale = rate / RATE * CYCLES / cycles if rate and cycles else 1.0
-    costs = {name: round(getattr(H100, name) * scale, 3) for name in ("softmax", "byte", "nibble", "rest")}
+    costs = {name: round(getattr(H100, name) * scale, 3) for name in ("softmax", "byte", "nibble")}
     shared = getattr(properties, "shared_memory_per_multiprocessor", SHARED)
     less = {"stages": 2, "coded_programs": 1, "programs": 2} if shared < SHARED * 2 // 3 else {}
     same = getattr(properties, "regs_per_multiprocessor", REGISTERS) == REGISTERS

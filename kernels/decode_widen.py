@@ -61,33 +61,7 @@ _VALUES_8 = """{
     fma.rn.f16x2 $0, $0, one, less;
     fma.rn.f16x2 $1, $1, one, less;
 }"""
-# A rest: of each byte its low half where the mask ($3) has zeros, else its high one. lop3 with 0xCA is a & b | ~a & c.
-_KEYS_4_REST = f"""{{
-    {_CONSTANTS}
-    .reg .b32 high, chosen;
-    shr.u32 high, $2, 4;
-    lop3.b32 chosen, $3, high, $2, 0xCA;
-    and.b32 chosen, chosen, 0x0F0F0F0F;
-    prmt.b32 $0, chosen, power, 0x4140;
-    prmt.b32 $1, chosen, power, 0x4342;
-    fma.rn.f16x2 $0, $0, one, less;
-    fma.rn.f16x2 $1, $1, one, less;
-}}"""
-# The same of two tokens with two bytes each: one half of the first byte ($0) and of the second ($1).
-_VALUES_4_REST = f"""{{
-    {_CONSTANTS}
-    .reg .b32 high, chosen;
-    mov.b32 power, 0x64006400;
-    shr.u32 high, $2, 4;
-    lop3.b32 chosen, $3, high, $2, 0xCA;
-    lop3.b32 $0, chosen, 0x000F000F, power, 0xEA;
-    shr.u32 chosen, chosen, 8;
-    lop3.b32 $1, chosen, 0x000F000F, power, 0xEA;
-    fma.rn.f16x2 $0, $0, one, less;
-    fma.rn.f16x2 $1, $1, one, less;
-}}"""
 C_KEYS_4, C_VALUES_4 = tl.constexpr(_KEYS_4), tl.constexpr(_VALUES_4)
-C_KEYS_4_REST, C_VALUES_4_REST = tl.constexpr(_KEYS_4_REST), tl.constexpr(_VALUES_4_REST)
 C_KEYS_8, C_VALUES_8 = tl.constexpr(_KEYS_8), tl.constexpr(_VALUES_8)
 
 
@@ -100,28 +74,6 @@ def keys_4(b, UPCAST: tl.constexpr):
     else:
         b_low, b_high = tl.inline_asm_elementwise(C_KEYS_4, "=r,=r,=r,=r,r", [b], (tl.float16, tl.float16), True, 4)
     return b_low, b_high
-
-
-@triton.jit
-def keys_4_rest(b, b_high, UPCAST: tl.constexpr):
-    """One half of bytes, less 8: the high one where `b_high`, of bytes, is 255, the low one where it is 0."""
-    if UPCAST:
-        b_number = (((b >> 4) & b_high) | (b & ~b_high) & 15).to(tl.float32) - 8
-    else:
-        b_number = tl.inline_asm_elementwise(C_KEYS_4_REST, "=r,=r,r,r", [b, b_high], tl.float16, True, 4)
-    return b_number
-
-
-@triton.jit
-def values_4_rest(b, b_high, UPCAST: tl.constexpr):
-    """One half of the first and of the second of two bytes, less 8: the high ones where `b_high`, int16, is -1, the low ones where 0."""
-    if UPCAST:
-        b_chosen = ((b >> 4) & b_high) | (b & ~b_high)
-        b_first = (b_chosen & 15).to(tl.float32) - 8
-        b_second = ((b_chosen >> 8) & 15).to(tl.float32) - 8
-    else:
-        b_first, b_second = tl.inline_asm_elementwise(C_VALUES_4_REST, "=r,=r,r,r", [b, b_high], (tl.float16, tl.float16), True, 2)
-    return b_first, b_second
 
 
 @triton.jit

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .decode_classes import WidthClass, grouped, token_cost
 from .decode_tuning import H100, Tuning
 from .slabs import UNIT, Slabs, check_slabs
 
@@ -51,23 +49,10 @@ def own_basis(place: int) -> int:
     return -place - 8
 
 
-SLOT, ROW, SPLIT_KIND, COUNT, START, ENTRY, SPLIT_CLASS = range(7)
+SLOT, ROW, SPLIT_KIND, COUNT, START, ENTRY = range(6)
 SPLIT_FIELDS = 8
 """Columns of a split record. ENTRY is the row of the flattened table [B · Hkv · Nseg, FIELDS] that the split reads, `NONE` for the
-window. SPLIT_CLASS numbers the classes of widths that one launch is compiled for, `NONE` where both sides are raw."""
-
-
-class Launch(NamedTuple):
-    """Splits that are computed by one launch of the split kernel, and the classes of widths among them; raw: some have two raw sides."""
-
-    records: Tensor
-    classes: tuple[WidthClass, ...]
-    raw: bool
-
-    @property
-    def pairs(self) -> frozenset[tuple[bool, bool]]:
-        """Of raw and coded sides."""
-        return frozenset(which[2:] for which in self.classes) | frozenset([(True, True)] * self.raw)
+window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +60,11 @@ class SplitPlan:
     """The work list of one layer: every split is a run of tokens of one segment, or of the window, of one (b, h).
 
     Attributes:
-        records: int64 `[N, SPLIT_FIELDS]`, in each launch the most costly first, so that the last programs to start are short ones.
+        records: int64 `[N, SPLIT_FIELDS]`, the most costly first, so that the last programs to start are short ones.
         ranges: int32 `[B * Hkv + 1]`; partials of row `b * Hkv + h` lie in slots `ranges[row]` to `ranges[row + 1]`.
         max_splits: the most splits any one row has.
         key_widths, value_widths: the largest native, 8-bit and 4-bit slab of any rotated side.
         pairs: which pairs (raw Keys, raw Values) occur among the segments, the window apart.
-        launches: those of the split kernel, which together have all records.
-        fine: 4-bit tiles have rests where the kernel can (`decode_classes.py`).
     """
 
     records: Tensor
@@ -90,8 +73,6 @@ class SplitPlan:
     key_widths: Slabs
     value_widths: Slabs
     pairs: frozenset[tuple[bool, bool]]
-    launches: tuple[Launch, ...]
-    fine: bool = False
 
     @property
     def num_splits(self) -> int:
@@ -178,8 +159,7 @@ def plan_splits(
         itemsize: bytes of a native number.
         num_programs: splits wanted over the whole layer; about 3 per multiprocessor, 396 suits an H100 (132).
         min_tokens: no split is shorter unless its segment is.
-        tuning: of the GPU: what tokens cost, how many classes of widths splits are compiled for (for each pair of raw and coded sides),
-            whether 4-bit tiles have rests, and whether each class has a launch of its own.
+        tuning: of the GPU: what tokens cost.
         device: where records and ranges go; default the CPU.
 
     Raises:
@@ -202,10 +182,9 @@ def plan_splits(
     length = pieces[:, LENGTH]
     stored = pieces[pieces[:, KIND] != int(Kind.WINDOW)]
     key_widths, value_widths = _widths(stored, KEY), _widths(stored, VALUE)
-    number, classes = _classes(pieces, tuning)
-    per_token = _token_costs(pieces, itemsize, number, classes, tuning)
-    wanted = (length * per_token).sum().item() / max(num_programs, 1)
-    count = ((length * per_token) / max(wanted, 1.0)).round().long()
+    token_cost = _token_costs(pieces, itemsize, key_widths, value_widths, tuning)
+    wanted = (length * token_cost).sum().item() / max(num_programs, 1)
+    count = ((length * token_cost) / max(wanted, 1.0)).round().long()
     count = count.clamp(min=1).minimum((length // min_tokens).clamp(min=1))
     tokens = _ceil(length, count)  # per split: even, whole blocks, and whole tiles where that changes little
     step = torch.where(tokens >= 4 * TILE, TILE, BLOCK)
@@ -218,20 +197,16 @@ def plan_splits(
     records = torch.zeros(len(piece), SPLIT_FIELDS, dtype=torch.int64)
     records[:, SLOT], records[:, ROW], records[:, SPLIT_KIND], records[:, ENTRY] = slot, row[piece], pieces[piece, KIND], entry[piece]
     records[:, COUNT], records[:, START] = torch.minimum(tokens[piece], length[piece] - start), start
-    records[:, SPLIT_CLASS] = number[piece]
     per_row = torch.zeros(rows, dtype=torch.int64).index_add_(0, row, count)
     ranges = torch.cat([torch.zeros(1, dtype=torch.int64), per_row.cumsum(0)]).to(torch.int32)
-    longest_first = torch.argsort(records[:, COUNT] * per_token[piece], descending=True, stable=True)
-    records, launches = _launches(records[longest_first].to(device), classes, tuning.launches)
+    longest_first = torch.argsort(records[:, COUNT] * token_cost[piece], descending=True, stable=True)
     return SplitPlan(
-        records=records,
+        records=records[longest_first].to(device),
         ranges=ranges.to(device),
         max_splits=int(per_row.max()) if rows else 0,
         key_widths=key_widths,
         value_widths=value_widths,
         pairs=frozenset((key, value) for key, value in (stored[:, [KEY + BASIS, VALUE + BASIS]] == NONE).tolist()),
-        launches=launches,
-        fine=tuning.rests,
     )
 
 
@@ -239,53 +214,23 @@ def _ceil(a: Tensor, b: Tensor | int) -> Tensor:
     return (a + b - 1) // b
 
 
-def _classes(pieces: Tensor, tuning: Tuning) -> tuple[Tensor, tuple[WidthClass, ...]]:
-    """The class of widths of each piece, `NONE` where both sides are raw, and the classes."""
-    raw = pieces[:, [KEY + BASIS, VALUE + BASIS]] == NONE
-    coded = ~raw.all(1)
-    widths = torch.cat([pieces[:, side + NATIVE : side + BASIS] * ~raw[:, n : n + 1] for n, side in enumerate((KEY, VALUE))], 1)
-    number = torch.full((len(pieces),), NONE, dtype=torch.int64)
-    if tuning.most_classes == 1:  # one for each pair, all with the layer's largest widths
-        top = widths.amax(0).tolist() if len(widths) else [0] * 6
-        pair = 2 * raw[:, 0].long() + raw[:, 1]  # 3 where both are raw
-        found = [which for which in range(3) if bool((pair == which).any())]
-        for at, which in enumerate(found):
-            number[pair == which] = at
-        key, value, no = Slabs(*top[:3]), Slabs(*top[3:]), Slabs()
-        return number, tuple(WidthClass(no if which & 2 else key, no if which & 1 else value, which > 1, which % 2 == 1) for which in found)
-    rows, place = torch.unique(torch.cat([widths, raw], 1)[coded], dim=0, return_inverse=True)
-    own = [WidthClass(Slabs(*row[:3]), Slabs(*row[3:6]), bool(row[6]), bool(row[7])) for row in rows.tolist()]
-    tokens = torch.zeros(len(own), dtype=torch.int64).index_add_(0, place, pieces[:, LENGTH][coded])
-    served = grouped(dict(zip(own, tokens.tolist(), strict=True)), tuning.most_classes, tuning.rests, tuning)
-    classes = tuple(sorted(set(served.values()), reverse=True))
-    number[coded] = torch.tensor([classes.index(served[which]) for which in own], dtype=torch.int64)[place]
-    return number, classes
-
-
-def _token_costs(pieces: Tensor, itemsize: int, number: Tensor, classes: tuple[WidthClass, ...], tuning: Tuning) -> Tensor:
+def _token_costs(pieces: Tensor, itemsize: int, key_widths: Slabs, value_widths: Slabs, tuning: Tuning) -> Tensor:
     """What a token of each piece costs, fp32, in bytes read: its own, or those of the same time where instructions take longer.
 
-    All heads of a class go through the same tiles, so for codes that time is one for all.
+    All heads of a layer go through tiles as wide as its widest slabs, so for codes that time is one for all (H100, three budgets).
     """
     halves = torch.tensor([2 * itemsize, 2, 1])  # half bytes of a direction
     read = sum((pieces[:, side + NATIVE : side + BASIS] * halves).sum(1) for side in (KEY, VALUE)) / 2
-    instructions = torch.tensor([token_cost(which, tuning.rests, tuning) for which in classes] + [1.0])[
-        number
-    ]  # the last one where there is no class
+    instructions = torch.full_like(read, tuning.softmax)  # of scores and softmax
+    for side, widths in ((KEY, key_widths), (VALUE, value_widths)):
+        of_tile = tuning.byte * _tile(widths.byte) + tuning.nibble * _tile(widths.nibble // 2)
+        instructions += (pieces[:, side + BASIS] != NONE) * of_tile
     coded = (pieces[:, [KEY + BYTE, KEY + NIBBLE, VALUE + BYTE, VALUE + NIBBLE]] > 0).any(1)
     return read.maximum(torch.where(coded, instructions, 1.0))  # a segment without any direction takes a little time too
 
 
-def _launches(records: Tensor, classes: tuple[WidthClass, ...], apart: bool) -> tuple[Tensor, tuple[Launch, ...]]:
-    """One launch, or one for the splits with two raw sides and one for each class; and the records in the order of their launches."""
-    if not apart or len(classes) < 2:
-        return records, (Launch(records, classes, True),) if len(records) else ()
-    number = records[:, SPLIT_CLASS]
-    counts = torch.bincount(number - NONE, minlength=len(classes) + 1).tolist()
-    records = records[torch.argsort(number, stable=True)]
-    records[:, SPLIT_CLASS].clamp_(max=0)  # the only one in its launch
-    each = zip(records.split(counts), ((), *((which,) for which in classes)), strict=True)
-    return records, tuple(Launch(mine, held, not held) for mine, held in each if len(mine))
+def _tile(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length()) if width else 0
 
 
 def _widths(pieces: Tensor, side: int) -> Slabs:

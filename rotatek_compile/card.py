@@ -14,7 +14,7 @@ from ._version import __version__
 from .artifact import CARD_FILE, IMAGE_TOKENS
 from .errors import RotateKError
 from .hub import PICTURE_FILE
-from .inspection import sizes
+from .inspection import image_words, sizes
 
 TAGS = ("rotatek", "kv-cache", "kv-cache-compression")
 PLACE = "THIS_DIRECTORY"  # becomes the repository's name when the card is pushed
@@ -40,6 +40,7 @@ def model_card(artifact: Any, picture: bool = False, weights: bool = False) -> s
     bytes_of = "codes alone" if ours else f"in an image of {IMAGE_TOKENS} tokens"
     smaller = f" ({dense / compressed:.2f}x)" if compressed else ""  # a plan may keep means alone
     visual = bool(artifact.geometry.visual_token_ids)
+    dropped = ", of codes alone, without the dropped tokens" if method.token_method is not None else ""
     task = IMAGE_TASK if visual else TEXT_TASK
     checked = checked_on(artifact.calibration.get("kept_aside", 1))
     data = artifact.calibration.get("repository")  # of calibration data on the Hub
@@ -80,7 +81,7 @@ def model_card(artifact: Any, picture: bool = False, weights: bool = False) -> s
             f"- bytes per coded token, all layers: {compressed:.0f} of {dense} dense{smaller}, {bytes_of}",
             *_kept(artifact),
             f"- calibrated on {artifact.calibration.get('num_samples')} samples of {_data_name(artifact.calibration)}",
-            *([f"- KL of the plan on {checked}: {report['plan_kl']:.2e} nats per answer token"] if ours else []),
+            *([f"- KL of the plan on {checked}: {report['plan_kl']:.2e} nats per answer token{dropped}"] if ours else []),
             "",
             *([f"![{_alternative(artifact)}]({PICTURE_FILE})", ""] if picture else []),
             "## Limits",
@@ -253,10 +254,11 @@ def _kept(artifact: Any) -> list[str]:
     found = sizes(artifact)
     if found is None:
         return []
-    image, unit = found["image_bytes"], "an image" if artifact.geometry.visual_token_ids else "a segment"
+    image = found["image_bytes"]
+    unit = image_words(artifact) if artifact.geometry.visual_token_ids else f"a segment of {IMAGE_TOKENS} tokens with its"
     share = image["compressed"] / image["dense"]
     return [
-        f"- {unit} of {IMAGE_TOKENS} tokens with its scales and means: {share:.4f} of its dense bytes",
+        f"- {unit} scales and means: {share:.4f} of its dense bytes",
         f"- bits per channel: Keys {found['key_bits']:.2f}, Values {found['value_bits']:.2f}, where 16 are dense",
     ]
 

@@ -195,7 +195,9 @@ def _plan(
         warnings.warn("--resume: nothing saved, starting anew", stacklevel=3)
     gradients = options.rap_score.startswith("fisher") or options.rap_budget == "published"
     before = time.perf_counter()
-    statistics, rows = RapStatistics(), prepared.geometry.rows_at_once(options.batch_size)
+    # on a CPU one by one: without padding there is no mask, and attention computes half of the logits only
+    rows = 1 if prepared.device.type == "cpu" else prepared.geometry.rows_at_once(options.batch_size)
+    statistics = RapStatistics()
     if options.keep_ratio < 1:  # else nothing is chosen
         statistics = collect(model, used, prepared.geometry, batch_size=rows, pad_id=pad_id, quiet=options.quiet, gradients=gradients)
     middle = time.perf_counter()

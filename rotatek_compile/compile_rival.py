@@ -14,7 +14,7 @@ from .batches import Encoded
 from .cutter import Cutter
 from .geometry import Geometry
 from .knockout import diagnosis, measure_knockouts
-from .token_budget import kept_tokens, with_total
+from .token_budget import kept_tokens, of_kept_tokens, with_total
 
 if TYPE_CHECKING:
     from .compile_options import CompileOptions
@@ -35,7 +35,8 @@ def rival_artifact(options: CompileOptions, geometry: Geometry, knockouts: dict[
         method = with_total(method, geometry, options.kv_budget)
     fewest = kept_tokens(PROMISED_FROM, method.token_keep_ratio)
     asked = {"kv_budget": method.kv_budget, "keep_ratio": options.keep_ratio}
-    make_coder(options.method, geometry, **asked, state={"knockout": heads}, tokens=fewest)
+    with of_kept_tokens(method):
+        make_coder(options.method, geometry, **asked, state={"knockout": heads}, tokens=fewest)
     return Artifact(geometry, method, {f"layers.{i}.knockout": t for i, t in heads.items()}, {}, {})
 
 

@@ -48,7 +48,7 @@ from .placement import AUTO
 from .plan import SIDES, Plan, plan_tensors
 from .planning import Costs, refuse_too_small, uniform_of
 from .sensitivity import NOTHING, JointCheck, Sensitivities, levels_for, measure
-from .token_budget import kept_tokens, with_total
+from .token_budget import index_share, kept_tokens, with_total
 from .usual import FACTOR, UsualSegments
 from .weights import check_include, include_weights
 
@@ -72,6 +72,7 @@ class CompilePlan:
     def bytes_per_token(self, method: Method | None) -> tuple[int, float | None]:
         """Dense bytes per coded token over the compressed layers, and about those of the plan's codes (or of the rival).
 
+        Of a method that drops image tokens the latter are of one that was read, and its KV budget is that of the kept ones (`with_total`).
         None where measuring has to say.
         """
         dense = self.geometry.dense_bytes_per_token()
@@ -80,9 +81,13 @@ class CompilePlan:
         if method is None or method.max_kl is not None:
             return dense, None
         if method.kv_budget is not None:
-            return dense, method.kv_budget * dense
-        plan = uniform_of(self.geometry, method)
-        return dense, method.token_keep_ratio * sum(head.bytes_per_token for heads in plan.values() for head in heads)
+            codes = method.kv_budget * dense
+        else:
+            plan = uniform_of(self.geometry, method)
+            codes = float(sum(head.bytes_per_token for heads in plan.values() for head in heads))
+        if method.token_method is None:
+            return dense, codes
+        return dense, method.token_keep_ratio * (codes + index_share(self.geometry, method.token_method) * dense)
 
 
 def prepare(options: CompileOptions) -> CompilePlan:

@@ -74,7 +74,7 @@ def _header(artifact: Artifact) -> list[str]:
     if (found := sizes(artifact)) is not None:
         whole = found["image_bytes"]
         lines.append(
-            f"bits per channel: Keys {found['key_bits']:.2f}, Values {found['value_bits']:.2f}; an image of {IMAGE_TOKENS} tokens with its "
+            f"bits per channel: Keys {found['key_bits']:.2f}, Values {found['value_bits']:.2f}; {image_words(artifact)} "
             f"scales and means: {whole['compressed']:,} bytes of {whole['dense']:,} ({whole['compressed'] / whole['dense']:.4f})"
         )
     return lines
@@ -141,6 +141,13 @@ def _knockout_map(artifact: Artifact) -> list[str]:
         f"{found['share_above']:.0%} of {found['pairs']} (layer, head) pairs cost at least {found['threshold']} alone; "
         f"{found['pairs_for_90_percent']} of them carry 90 % of the sum",
     ]
+
+
+def image_words(artifact: Artifact) -> str:
+    """Of which image tokens sizes are given, with whose scales and means."""
+    if artifact.method.token_method is None:
+        return f"an image of {IMAGE_TOKENS} tokens with its"
+    return f"{IMAGE_TOKENS} kept tokens of images with their"
 
 
 def compare(first: Artifact, second: Artifact) -> str:

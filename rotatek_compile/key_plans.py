@@ -16,13 +16,14 @@ from .plan import HeadPlan, plan_tensors
 from .plan_words import promised_bytes
 from .planning import tokens_to_pay
 from .replan import costs_of
+from .token_budget import every_token
 
 
 def with_key_budget(artifact: Artifact, key_budget: float) -> Artifact:
     """The artifact with a plan whose Keys take at most a share of the dense Keys, all Values raw.
 
-    Spent over heads and precisions by the stored sensitivities of the Keys, as `replanned` does; no escape tokens. The method's `kv_budget`
-    becomes what Keys and Values are promised to take together.
+    Spent over heads and precisions by the stored sensitivities of the Keys, as `replanned` does; no escape tokens, and no token is dropped.
+    The method's `kv_budget` becomes what Keys and Values are promised to take together.
 
     Args:
         key_budget: of the dense bytes of the Keys of a segment of 512 tokens, means and scales included, in (0, 1].
@@ -31,7 +32,7 @@ def with_key_budget(artifact: Artifact, key_budget: float) -> Artifact:
         UsageError: out of range, smaller than the means, or an artifact without bases or sensitivities.
     """
     check_fraction("--key-budget", key_budget)
-    method, geometry = replace(artifact.method, escape_ratio=0.0), artifact.geometry
+    method, geometry = every_token(replace(artifact.method, escape_ratio=0.0)), artifact.geometry
     if method.rival is not None or not method.levels:
         raise UsageError("a budget of the Keys alone needs an artifact of rotatek with sensitivities; compile one")
     tokens = tokens_to_pay(method, key_budget)

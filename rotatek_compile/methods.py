@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .allocate import uniform_plan
 from .artifact import Artifact
+from .artifact_config import Method
 from .errors import RotateKError, UsageError
 from .key_plans import with_key_budget
 from .names import ALLOCATIONS, OURS, SUITES
@@ -27,6 +28,7 @@ from .runtime.coder import Coder
 from .runtime.enable import enable
 from .runtime.prepared import PreparedArtifact
 from .runtime.rivals.registry import PROMISED_FROM, RIVALS, make_coder, smallest_budget
+from .token_budget import every_token
 from .token_entries import selection_words
 
 DENSE, ARTIFACT = "dense", "artifact"
@@ -101,8 +103,8 @@ class Methods:
         entry, method = self._compiled(), self.artifact.method
         if method.token_method is None:
             return entry
-        words = f"{selection_words(method.token_method, method.token_keep_ratio)}, of these: {entry.setting}"
-        return replace(entry, setting=words, requested_budget=method.token_budget, kv_budget=method.token_budget)
+        words, whole = _of_tokens(method, entry.setting), method.token_budget
+        return replace(entry, setting=words, requested_budget=whole, kv_budget=whole)
 
     def _compiled(self) -> Entry:
         method, coder = self.artifact.method, self.prepared.coder
@@ -119,19 +121,24 @@ class Methods:
         wanted = f" for at most {method.max_kl:g} nats" if method.max_kl is not None else ""
         return self._own(ARTIFACT, make, f"KV budget {budget:.4g}{wanted}, {method.allocation}", budget, budget)
 
-    def own(self, keep_ratio: float) -> Entry:
-        """The artifact's bases with the same rank in every head: ranks nest, so any uniform plan can be cut from them."""
+    def own(self, keep_ratio: float, *, every: bool = False) -> Entry:
+        """The artifact's bases with the same rank in every head: ranks nest, so any uniform plan can be cut from them.
+
+        Args:
+            every: on all image tokens, where the artifact drops some.
+        """
         self._check_bases()
         if not 0 < keep_ratio <= 1:
             raise UsageError(f"--keep-ratio {keep_ratio:g} is out of range; it must be above 0 and at most 1")
         geometry = self.artifact.geometry
         plan = uniform_plan(geometry, keep_ratio)
         method = replace(self.artifact.method, keep_ratio=keep_ratio, allocation="uniform", kv_budget=None, max_kl=None)
-        method = replace(method, key_bits="native", value_bits="native")
+        method = replace(method, key_bits="native", value_bits="native", token_budget=None)
+        method = every_token(method) if every else method
         cut = replace(self.artifact, method=method, tensors=self.artifact.tensors | plan_tensors(plan))
         widest = max(head.key.rank for heads in plan.values() for head in heads)
         make = self._cache_maker(PreparedArtifact(cut))
-        return self._own(OURS, make, f"uniform, {widest} directions", keep_ratio=keep_ratio)
+        return self._own(OURS, make, _of_tokens(method, f"uniform, {widest} directions"), keep_ratio=keep_ratio)
 
     def own_budget(self, kv_budget: float) -> Entry:
         """The artifact's bases at a KV budget, which its sensitivities spend over heads, directions and bits of Keys and Values."""
@@ -139,7 +146,7 @@ class Methods:
         cut = replanned(self.artifact, kv_budget=kv_budget)
         make, how = self._cache_maker(PreparedArtifact(cut)), self.artifact.method.allocation
         setting = f"KV budget {kv_budget:g}" + (f", {how}" if how != ALLOCATIONS[0] else "")
-        return self._own(OURS, make, setting, kv_budget, kv_budget)
+        return self._own(OURS, make, _of_tokens(cut.method, setting), kv_budget, kv_budget)
 
     def own_keys(self, key_budget: float, axis: str) -> Entry:
         """The artifact's bases with Keys at a share of the dense Keys, and all Values raw."""
@@ -281,6 +288,13 @@ class Methods:
         return lambda: RotateKCache(config, prepared, backend, coder)
 
 
+def _of_tokens(method: Method, setting: str) -> str:
+    """A setting in words, of the tokens that stay where some are dropped."""
+    if method.token_method is None:
+        return setting
+    return f"{selection_words(method.token_method, method.token_keep_ratio)}, of these: {setting}"
+
+
 def knockouts(artifact: Artifact) -> dict[int, Tensor] | None:
     """Measured knock-outs by layer, fp32 [Hkv]; None if the artifact was compiled without."""
     found: dict[int, Any] = {i: artifact.tensors.get(f"layers.{i}.knockout") for i in artifact.geometry.compressible}
@@ -290,7 +304,8 @@ def knockouts(artifact: Artifact) -> dict[int, Tensor] | None:
 def channel_energies(artifact: Artifact) -> dict[int, Tensor] | None:
     """Score of every Key channel of the images for leank by layer, fp64 [Hkv, D]: E[q_d²] · E[k_d²]; None without a two-sided basis.
 
-    A two-sided basis holds both moments (bases.py): M = encode encodeᵀ, C = decode diag(spectrum) decodeᵀ.
+    A two-sided basis holds both moments (bases.py): M = encode encodeᵀ, C = decode diag(spectrum) decodeᵀ, the covariance within images, to
+    which the squared mean is added; how the means of images vary is not known.
     """
     if artifact.method.rival is not None or artifact.method.basis != "two-sided":
         return None

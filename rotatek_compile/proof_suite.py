@@ -58,7 +58,7 @@ def proof_entries(methods: Methods) -> list[Entry]:
         warnings.warn("Keys beside equal Values are left out: the artifact has no bases and sensitivities to plan them with", stacklevel=3)
         return entries
     entries += [methods.own_keys(budget, KEYS) for budget in SUITE_BUDGETS]
-    entries += [replace(methods.own(ratio), axis=KEYS) for ratio in SUITE_KEEP_RATIOS]
+    entries += [replace(methods.own(ratio, every=True), axis=KEYS) for ratio in SUITE_KEEP_RATIOS]
     bases = {side: directions(methods, side) for side in SIDES}
     axes: list[Axis] = [(KEYS, _as_it_is, 1 / 2)]
     try:

@@ -23,6 +23,8 @@ Widths = dict[Group, int]  # pairs of the Keys, directions of the Values
 MEASURED = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of a group's width at which it is measured
 LEAST = 1e-9  # nats per token: below it a figure is rounding
 TRIALS = 24  # whole plans that may be measured to better one
+HARMLESS = 1e-6  # nats per token: a plan of less is not bettered, sums of float32 probabilities tell no more
+PATIENCE = 10  # of them in a row that bring nothing; they come by what they should gain, so the next ones hardly will
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,29 +165,46 @@ def cheapest(options: Mapping[Group, Menu], costs: Mapping[Group, Mapping[int, f
     return {g: widths[g] for g in options}
 
 
-def by_sensitivity(geometry: Geometry, keep_ratio: float, cost: Callable[[Widths], float], trials: int = TRIALS) -> tuple[Widths, float]:
+def by_sensitivity(
+    geometry: Geometry,
+    keep_ratio: float,
+    cost: Callable[[Widths], float],
+    trials: int = TRIALS,
+    few: Callable[[Widths], float] | None = None,
+) -> tuple[Widths, float]:
     """Widths of least measured KL, and that KL.
 
     Single cuts say what a group costs alone; together, errors may cancel or add up, so that plans for the costs and for their square roots
     (as if errors, not their squares, added up) are compared as wholes, and the better one is improved by moving single steps between
     groups, always measured as a whole.
+
+    Args:
+        few: the same cost on a part of the documents, where there are many: single cuts are measured by it, and a move that brings nothing
+            there is not measured any further. What is taken is better by both.
     """
     options, most = menus(geometry), room(geometry, keep_ratio)
-    curves = {g: curve(options[g], found) for g, found in sensitivities(options, cost).items()}
+    curves = {g: curve(options[g], found) for g, found in sensitivities(options, few or cost).items()}
     plans = [cheapest(options, {g: {w: kl**power for w, kl in c.items()} for g, c in curves.items()}, most) for power in (1.0, 0.5)]
     known: list[tuple[float, Widths]] = []
     for plan in plans:
         if plan not in (widths for _, widths in known):
             known.append((cost(plan), plan))
     kl, widths = min(known, key=lambda pair: pair[0])
-    tried = [plan for _, plan in known]
+    least = few(widths) if few is not None and trials else kl
+    tried, vain = [plan for _, plan in known], 0
     for _ in range(trials):
+        if kl < HARMLESS or vain == PATIENCE:
+            break
         moved = next((plan for plan in moves(widths, options, curves, most) if plan not in tried), None)
         if moved is None:
             break
         tried.append(moved)
+        vain += 1
+        if few is not None and (first := few(moved)) >= least:
+            continue
         if (found := cost(moved)) < kl:
-            kl, widths = found, moved
+            kl, widths, vain = found, moved, 0
+            least = first if few is not None else found
     return widths, kl
 
 
@@ -210,7 +229,12 @@ def moves(widths: Widths, options: Mapping[Group, Menu], curves: Mapping[Group, 
 
 
 def widths_for(
-    budget: str, geometry: Geometry, keep_ratio: float, scores: Mapping[Group, float] | None, cost: Callable[[Widths], float] | None
+    budget: str,
+    geometry: Geometry,
+    keep_ratio: float,
+    scores: Mapping[Group, float] | None,
+    cost: Callable[[Widths], float] | None,
+    few: Callable[[Widths], float] | None = None,
 ) -> tuple[Widths, float | None]:
     """Widths by the budget's name, and their measured KL where it was measured.
 
@@ -226,7 +250,7 @@ def widths_for(
         return published(scores, geometry, keep_ratio), None
     if cost is None:
         raise RotateKError("a budget by sensitivity needs documents to measure on; pass some")
-    return by_sensitivity(geometry, keep_ratio, cost)
+    return by_sensitivity(geometry, keep_ratio, cost, few=few)
 
 
 def layer_widths(widths: Widths, layers: Sequence[LayerGeometry]) -> dict[int, tuple[int, int]]:

@@ -76,16 +76,18 @@ def _dense_bytes(artifact: Artifact) -> int:
 
 def _counts(artifact: Artifact) -> list[str]:
     """Shares of parameters and FLOPs, and the KL, as the report has them."""
+    from .card import checked_on
+
     words = {"attention_parameters": "attention parameters", "attention_flops": "attention FLOPs", "parameters": "parameters of all"}
     try:
         dense, kept = (artifact.report["counts"][name] for name in ("dense", "pruned"))
         shares = ", ".join(f"{said} {kept[name] / dense[name]:.3f}" for name, said in words.items())
-        float(artifact.report["plan_kl"])
+        kl = float(artifact.report["plan_kl"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):  # a report that was edited, or is gone
         return []
     return [
         f"counted on the loaded models: {shares}",
-        f"KL on calibration documents: {artifact.report['plan_kl']:.2e} nats per scored token",
+        f"KL on {checked_on(artifact.calibration.get('kept_aside', 1))}: {kl:.2e} nats per scored token",
     ]
 
 

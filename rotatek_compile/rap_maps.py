@@ -17,7 +17,7 @@ from .bases import two_sided
 from .errors import RotateKError, UsageError
 from .geometry import Geometry, LayerGeometry
 from .plan import SIDES
-from .rap_budget import Widths, widths_for
+from .rap_budget import MEASURED, TRIALS, Widths, widths_for
 from .rap_measure import Measure
 from .rap_plan import Option, RapLayer, RapPlan, selection, unpruned
 from .rap_reading import attentions, output_heads
@@ -27,7 +27,8 @@ from .rap_statistics import RapStatistics
 
 REPAIRS = ("factors", "values", "outputs")
 """Complex factors of kept pairs; Values predicted per query head, with a bias for their mean; outputs fitted to the dense model's."""
-MEASURED_ON = 24  # documents that sensitivities are measured on
+MEASURED_ON = 24  # documents that whole plans are measured on
+FEW = 9  # the first of them, for single cuts and for what is plainly no better: one of each skill of `mixed`
 VALUE_RIDGE = 1e-4  # of the mean variance, when what is left of a head's output is predicted from what is kept
 
 
@@ -148,18 +149,23 @@ def make_plan(
         found = {i: (widths.get((i, "key"), full[i][0]), widths.get((i, "value"), full[i][1])) for i in full}
         return {i: layer_of(i, found[i]) for i in found if found[i] != full[i]}
 
-    cost = None
+    cost = few = None
+    hidden = True if statistics.quiet or budget == "published" else None
+    bar = tqdm(desc="plans", unit="plan", disable=hidden, leave=False)
     if budget == "sensitivity":
         if measure is None:
             chosen = statistics.documents[:MEASURED_ON]
-            measure = Measure(model, chosen, geometry, statistics.batch_size, statistics.pad_id)
-        known = measure
-        cost = counted(lambda widths: known(layers_of(widths)), statistics.quiet)
+            measure = Measure(model, chosen, geometry, statistics.batch_size, statistics.pad_id, statistics.quiet)
+        cost = counting(measure, layers_of, bar)
+        if isinstance(measure, Measure) and measure.documents >= 2 * FEW:
+            few = counting(measure.first(FEW), layers_of, bar)
+        bar.reset(len(MEASURED) * len(SIDES) * len(geometry.layers) + TRIALS)  # about
     scores = None
     if budget == "published":
         kind = score if score != "logit" else "fisher"
         scores = {(i, side): fisher_of_group(statistics, i, side, kind) for i in order for side in SIDES}
-    widths, kl = widths_for(budget, geometry, keep_ratio, scores, cost)
+    with bar:
+        widths, kl = widths_for(budget, geometry, keep_ratio, scores, cost, few)
     found = layers_of(widths)
     if "outputs" in repairs:
         refit = refit_outputs(
@@ -180,12 +186,14 @@ def make_plan(
     return RapPlan(layers, options | ({"kl": kl} if kl is not None else {}))
 
 
-def counted(cost: Callable[[Widths], float], quiet: bool) -> Callable[[Widths], float]:
-    """The same, with a bar that counts calls."""
-    bar = tqdm(desc="plans", unit="plan", disable=None if not quiet else True, leave=False)
+def counting(
+    measure: Callable[[Mapping[int, RapLayer]], float], layers_of: Callable[[Widths], dict[int, RapLayer]], bar: Any
+) -> Callable[[Widths], float]:
+    """What widths cost; the bar counts calls."""
 
-    def once(widths: Widths) -> float:
+    def cost(widths: Widths) -> float:
+        found = measure(layers_of(widths))
         bar.update(1)
-        return cost(widths)
+        return found
 
-    return once
+    return cost

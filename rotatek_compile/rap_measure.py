@@ -6,12 +6,14 @@ neither pages nor embeddings again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .batches import Encoded
 from .errors import RotateKError
@@ -78,10 +80,11 @@ class Measure:
         RotateKError: a model whose layers cannot be run by themselves.
     """
 
-    def __init__(self, model: Any, items: Sequence[Encoded], geometry: Geometry, batch_size: int, pad_id: int) -> None:
+    def __init__(self, model: Any, items: Sequence[Encoded], geometry: Geometry, batch_size: int, pad_id: int, quiet: bool = True) -> None:
         self.model, self.geometry, self.layers = model, geometry, Layers(model, geometry)
         self.traces: list[Trace] = []
-        with torch.inference_mode():
+        bar = tqdm(total=len(items), desc="reading", unit="doc", disable=None if not quiet else True, leave=False)
+        with bar, torch.inference_mode():
             for start in range(0, len(items), batch_size):
                 batch = read(model, items[start : start + batch_size], geometry, pad_id)
                 entries, arguments, logits = self.layers.trace(batch)
@@ -91,6 +94,7 @@ class Measure:
                 if not torch.allclose(again, trace.reference, atol=1e-2):
                     raise RotateKError(f"{type(model).__name__} does more between its layers than RAP knows; use --method rotatek")
                 self.traces.append(trace)
+                bar.update(len(batch.real))
 
     @torch.inference_mode()
     def __call__(self, layers: Mapping[int, RapLayer], most: float = float("inf")) -> float:
@@ -104,6 +108,21 @@ class Measure:
                 if total > most * tokens:
                     break
         return total / max(tokens, 1)
+
+    @property
+    def documents(self) -> int:
+        """How many it measures on."""
+        return sum(len(trace.batch.real) for trace in self.traces)
+
+    def first(self, count: int) -> Measure:
+        """The same on its first batches, so many as hold `count` documents; nothing is read again."""
+        held, part = 0, copy.copy(self)
+        part.traces = []
+        for trace in self.traces:
+            if held < count:
+                part.traces.append(trace)
+                held += len(trace.batch.real)
+        return part
 
     def _from(self, trace: Trace, start: int) -> Tensor:
         hidden = trace.entries[start]

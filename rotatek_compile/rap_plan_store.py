@@ -12,7 +12,7 @@ from .errors import ArtifactError
 from .geometry import Geometry
 from .rap_plan import RapPlan
 
-STORE_FORMAT = 1  # raised whenever the same documents would give another plan
+STORE_FORMAT = 2  # raised whenever the same documents would give another plan
 
 
 class PlanStore:

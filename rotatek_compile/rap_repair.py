@@ -29,7 +29,7 @@ from .rap_plan import RapLayer
 from .rap_reading import attentions, output_heads, patched, read
 
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # of the mean variance of x': how strongly maps are drawn to those before
-KEPT_ASIDE = 4  # one batch in so many says which ridge is best, and whether any is
+KEPT_ASIDE = 4  # one document in so many says which ridge is best, and whether any is
 SWEEPS = 4  # over the heads
 CATCH_UP = 1.0  # share of the pruned stream's lag that a layer should make up for
 
@@ -42,6 +42,7 @@ class _Stream:
     pruned: Tensor
     arguments: list[dict[str, Any]]
     weights: Tensor  # what tokens count for, [B, T]
+    aside: Tensor  # bool [B, T]: documents that say which ridge is best
     ahead: Tensor | None = None  # what leaves the layer at hand in the dense model, once it is known
 
 
@@ -86,15 +87,20 @@ def refit_outputs(
     for start in range(0, len(documents), batch_size):
         batch = read(model, documents[start : start + batch_size], geometry, pad_id)
         entries, arguments, _ = run.trace(batch)
-        streams.append(_Stream(entries[0], entries[0], arguments, batch.weights()))
+        last = KEPT_ASIDE - 1 if len(documents) >= KEPT_ASIDE else len(documents) - 1
+        aside = torch.tensor([(start + row) % KEPT_ASIDE == last for row in range(len(batch.real))])
+        streams.append(_Stream(entries[0], entries[0], arguments, batch.weights(), aside[:, None].expand_as(batch.real)))
     done: dict[int, RapLayer] = {}
     for i, shape in enumerate(tqdm(geometry.layers, desc="repair", unit="layer", disable=None if not quiet else True, leave=False)):
         layer = layers.get(i)
         if layer is not None:
             parts: list[_Sums | None] = [None, None]
-            for number, stream in enumerate(streams):
-                aside = number % KEPT_ASIDE == KEPT_ASIDE - 1 or number == len(streams) - 1 < KEPT_ASIDE
-                parts[aside] = _added(parts[aside], *_pairs_of(run, modules[i], i, layer, stream, geometry, catch_up))
+            for stream in streams:
+                x, y, weights = _pairs_of(run, modules[i], i, layer, stream, geometry, catch_up)
+                own = stream.aside[stream.weights > 0].to(x.device)
+                for part in (0, 1):
+                    if bool((own == part).any()):
+                        parts[part] = _added(parts[part], x[own == part], y[own == part], weights[own == part])
             done[i] = layer = _best(layer, parts[0], parts[1], output_heads(modules[i], shape).double().cpu(), shape)
         for stream in streams:
             with patched(model, {} if layer is None else {i: layer}, geometry):

@@ -10,7 +10,7 @@ from .errors import UsageError
 from .names import check_fraction
 from .plan import SIDES, Plan, plan_tensors
 from .planning import Costs, searches_for, spectra_of, stated, uniform_of
-from .token_budget import with_total
+from .token_budget import of_kept_tokens, with_total
 
 MOST_ESCAPED = 0.5  # of a budget that the escape tokens of another one may take
 VALUE_SHARE = 0.5  # of the dense bytes, for Values that are stored as they are
@@ -103,5 +103,6 @@ def _rival(artifact: Artifact, keep_ratio: float | None, kv_budget: float | None
     ratio = artifact.method.keep_ratio if keep_ratio is None else keep_ratio
     method = replace(artifact.method, keep_ratio=ratio, kv_budget=None, token_budget=None)
     changed = replace(artifact, method=method if kv_budget is None else with_total(method, artifact.geometry, kv_budget))
-    PreparedArtifact(changed).coder  # noqa: B018 - raises where the setting cannot be met
+    with of_kept_tokens(changed.method):
+        PreparedArtifact(changed).coder  # noqa: B018 - raises where the setting cannot be met
     return changed

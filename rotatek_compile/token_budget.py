@@ -8,6 +8,8 @@ the kept tokens, because all that plans and codes works on them alone; `Method.t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -70,6 +72,11 @@ def with_selection(method: Method, token_method: str, ratio: float) -> Method:
     return replace(method, token_method=selected, token_keep_ratio=ratio, token_budget=None, image_tokens=kept_tokens(max(whole, 1), ratio))
 
 
+def every_token(method: Method) -> Method:
+    """The method on all image tokens, at the same share of each."""
+    return method if method.token_method is None else with_selection(method, method.token_method, 1.0)
+
+
 def with_total(method: Method, geometry: Geometry, budget: float) -> Method:
     """The method with a budget F over all tokens that were read; for one that keeps them all it is the plain budget.
 
@@ -82,6 +89,18 @@ def with_total(method: Method, geometry: Geometry, budget: float) -> Method:
     if method.rival is None:
         share = _planned_share(method, geometry, share, budget)
     return replace(method, kv_budget=share, token_budget=budget)
+
+
+@contextmanager
+def of_kept_tokens(method: Method) -> Iterator[None]:
+    """What is refused inside is said of the codes of kept tokens: name the budget that was asked for, too."""
+    try:
+        yield
+    except UsageError as error:
+        if method.token_budget is None:
+            raise
+        left = f"--kv-budget {method.token_budget:g} leaves {method.kv_budget:.4g}"
+        raise UsageError(f"{error} (of the kept tokens, to whose codes {left})") from error
 
 
 def _planned_share(method: Method, geometry: Geometry, share: float, budget: float) -> float:

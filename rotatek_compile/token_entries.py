@@ -45,9 +45,13 @@ def token_entries(
     Raises:
         UsageError: settings that a method cannot take.
     """
-    made = []
+    made, names = [], list(names)
+    if budgets and token_ratios and set(names) <= {TOKENS_ALONE}:
+        raise UsageError("--kv-budget says how many tokens stay as they are, and so does --token-keep-ratio; give one of the two")
+    if ratios and not any(name == OURS or "keep_ratio" in RIVALS[name].settings for name in names):
+        raise UsageError(f"{', '.join(names) or TOKENS_ALONE} has no keep ratio; leave --keep-ratio out")
     for token_method in token_methods:
-        for name in list(names) or [TOKENS_ALONE]:
+        for name in names or [TOKENS_ALONE]:
             if name == TOKENS_ALONE:
                 made += [alone(methods, token_method, kv_budget=budget) for budget in budgets]
                 made += [alone(methods, token_method, ratio) for ratio in token_ratios] if not budgets else []

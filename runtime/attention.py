@@ -41,18 +41,23 @@ def name_for(delegate: str | None) -> str:
 
 
 def register(delegate: str | None) -> str:
-    """Register function and mask for a model whose attention implementation is `delegate`; returns their name. Undone by `release`.
+    """Register function and mask for a model whose attention implementation is `delegate`; returns their name. Undone by `release`."""
+    name, stock = name_for(delegate), delegate or DEFAULT
+    take(name, functools.partial(rotatek_attention, stock), stock)
+    return name
+
+
+def take(name: str, attention: Callable[..., Any], stock: str) -> None:
+    """Register an attention function with the mask of a stock one, once for all who use it at a time; undone by as many `release`.
 
     The mask matters: without an entry of the same name transformers passes no mask at all, and left-padded rows are wrong.
     """
-    name, stock = name_for(delegate), delegate or DEFAULT
     with _lock:
         _users[name] += 1
         if _users[name] == 1:
-            AttentionInterface.register(name, functools.partial(rotatek_attention, stock))
+            AttentionInterface.register(name, attention)
             known = stock in ALL_MASK_ATTENTION_FUNCTIONS
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[stock if known else DEFAULT])
-    return name
 
 
 def release(name: str) -> None:

@@ -20,6 +20,9 @@ def identity(artifact: Artifact) -> dict[str, str]:
     method = asdict(artifact.method)
     for planned in ("levels", "image_tokens"):  # what a plan was made of: no code depends on it
         method.pop(planned)
+    if artifact.method.token_method is None:  # not said of caches that hold all tokens, as before there were others
+        for name in ("token_method", "token_keep_ratio", "token_budget"):
+            method.pop(name)
     sums = {"calibration": hashlib.sha256(), "plan": hashlib.sha256()}
     for name in sorted(artifact.tensors):
         part = "plan" if name.endswith("_plan") else "calibration" if name.endswith(("_mean", "_encode", "_spectrum")) else None

@@ -123,12 +123,15 @@ class Seen:
 class TokenSelector:
     """Decides for one cache which image tokens stay; shared by its layers.
 
+    Args:
+        layers: indices of those of full attention, at least one.
+
     Attributes:
         scoring: the layer whose attention decides for all; None where every layer or none does.
     """
 
     def __init__(self, method: str, keep_ratio: float, layers: Sequence[int]) -> None:
-        self.method, self.keep_ratio = method, keep_ratio
+        self.method, self.keep_ratio, self._layers = method, keep_ratio, layers
         self.scoring = layers[min(FASTV_LAYER, len(layers) - 1)] if method == "fastv" else None
         self.held: dict[int, KeptSegment] = {}  # by row, of the image it holds: an earlier layer codes it before the scoring one is asked
         self._chosen: dict[tuple[int, int], KeptSegment] = {}  # of this call, by row and number of the image in it
@@ -136,9 +139,7 @@ class TokenSelector:
 
     def fresh(self) -> TokenSelector:
         """One like this, for a cache without tokens."""
-        made = TokenSelector(self.method, self.keep_ratio, ())
-        made.scoring = self.scoring
-        return made
+        return TokenSelector(self.method, self.keep_ratio, self._layers)
 
     @property
     def queries(self) -> int:

@@ -9,7 +9,6 @@ lines are not kept); Qwen-VL's tokens take the mean of the patches that are merg
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RotateKError
-from .attention import DEFAULT, name_for, stock_attention
+from .attention import DEFAULT, name_for, release, stock_attention, take
 
 NAME = "rotatek_vision"
 ATTENTION = "rotatek_attention"  # attribute of an encoder's output for one image: scores fp32 [tokens]
@@ -36,9 +35,8 @@ class _Watch:
     packed: list[Tensor] | None = None
 
 
-_lock = threading.Lock()
-_users: Counter[str] = Counter()
 _watch: ContextVar[_Watch | None] = ContextVar("rotatek_vision", default=None)
+_turn = threading.RLock()  # a tower that is watched looks different to every thread, so they take turns
 
 
 def received(query: Tensor, key: Tensor, scaling: float, class_token: bool) -> Tensor:
@@ -65,11 +63,17 @@ def vision_attention(
 
 @contextmanager
 def watched(inner: Any) -> Iterator[_Watch]:
-    """Watch the vision tower of a model's inner part during one call of its encoder.
+    """Watch the vision tower of a model's inner part during one call of its encoder; threads take turns.
 
     Raises:
         RotateKError: a tower whose patches cannot be followed to tokens.
     """
+    with _turn, _watched(inner) as watch:
+        yield watch
+
+
+@contextmanager
+def _watched(inner: Any) -> Iterator[_Watch]:
     target = _target(_tower(inner))
     config = target.config
     stock: Any = config._attn_implementation
@@ -77,7 +81,8 @@ def watched(inner: Any) -> Iterator[_Watch]:
     watch = _Watch(stock or DEFAULT, target, strategy == "default")
     pack = getattr(inner, "pack_image_features", None)
     before, shadowed = config._attn_implementation_internal, inner.__dict__.get("pack_image_features")
-    name = _register(watch.stock)
+    name = f"{NAME}_{name_for(watch.stock)}"
+    take(name, vision_attention, watch.stock)
     token = _watch.set(watch)
     try:
         config._attn_implementation_internal = name
@@ -91,7 +96,7 @@ def watched(inner: Any) -> Iterator[_Watch]:
         elif pack is not None:
             inner.pack_image_features = shadowed
         _watch.reset(token)
-        _release(name)
+        release(name)
 
 
 def note(inner: Any, output: Any, watch: _Watch) -> None:
@@ -127,31 +132,6 @@ def _packing(pack: Any, watch: _Watch) -> Any:
         return pack(image_features, *args, **kwargs)
 
     return both
-
-
-def _register(stock: str) -> str:
-    """Make the watching attention known to transformers, with the mask of the stock one."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    name = f"{NAME}_{name_for(stock)}"
-    with _lock:
-        _users[name] += 1
-        if _users[name] == 1:
-            AttentionInterface.register(name, vision_attention)
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[stock if stock in ALL_MASK_ATTENTION_FUNCTIONS else DEFAULT])
-    return name
-
-
-def _release(name: str) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    with _lock:
-        _users[name] -= 1
-        if _users[name] <= 0:
-            del _users[name]
-            for interface in (AttentionInterface, AttentionMaskInterface):
-                interface._global_mapping.pop(name, None)
 
 
 def _tower(inner: Any) -> Any:

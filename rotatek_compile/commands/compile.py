@@ -136,6 +136,7 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
     chosen = CompileOptions(model=model, calib=calib, output=target, **options)
     _check_names(model, calib)
     from ..compiler import compile_artifact, prepare
+    from ..token_budget import with_total
 
     if repo is not None and is_main():
         from ..hub_push import check_target, describe, push_compiled
@@ -149,6 +150,8 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
         there, asked = plan.data.size, chosen.num_samples  # the size is known of local files
         samples = asked if there is None else min(asked, there)
         method = chosen.own_method() if chosen.method == OURS else None
+        if method is not None and method.kv_budget is not None:
+            method = with_total(method, plan.geometry, method.kv_budget)
         dense, compressed = plan.bytes_per_token(method)
         layers = plan.geometry.layers
         summary = {

@@ -227,7 +227,8 @@ def _other(name: str, first: Any, first_name: str, options: dict[str, Any]) -> A
         raise UsageError(f"--also {name} does not belong to {first_name}: {reason}; name artifacts of one model")
     if first.base_model.get("fingerprint") != other.base_model.get("fingerprint"):
         raise UsageError(f"--also {name} was compiled for other weights than {first_name}; name artifacts of one model")
-    asked = ("rival", "basis", "span", "window", "allocation", "key_bits", "value_bits", "kv_budget", "max_kl")  # data chooses the rest
+    asked = ["rival", "basis", "span", "window", "allocation", "key_bits", "value_bits", "kv_budget", "max_kl"]  # data chooses the rest
+    asked += ["token_method", "token_keep_ratio", "token_budget"]
     for option in asked:
         seen, wanted = getattr(other.method, option), getattr(first.method, option)
         if seen != wanted:

@@ -76,6 +76,8 @@ def command(artifact: str, images: tuple[str, ...], prompt: str, **options: Any)
         asked_for["--backend"] = None if options["backend"] == "auto" else options["backend"]
         asked_for["--model"] = None if options["compare_dense"] else options["model"]  # the base, which only a comparison loads
         refuse_for_pruned(asked_for, read)
+        if options["no_fallback"]:
+            raise UsageError(f"--no-fallback speaks of a coded cache, and {artifact} is a smaller checkpoint (RAP); leave it out")
         if launched()[1] > 1:
             raise UsageError(f"{artifact} is a smaller checkpoint (RAP), which runs in one process; start it without a launcher")
     else:

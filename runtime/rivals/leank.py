@@ -1,9 +1,10 @@
 """LeanK (arXiv 2508.02215) without its training: one static mask of Key channels per head, whose widths are multiples of 32.
 
 Formula: score of channel d of a head, E[q_d²] · E[k_d²] over calibration documents (queries of the group summed, Keys of images after RoPE,
-not centred): its expected squared share of a logit. The ratio · all channels of largest score are kept, one threshold for the whole model;
-then each head's number is rounded to the nearest multiple of 32 (0, 32, ... D) and that many of its best channels stay, native. Others are
-zero. Values stay native. The mask belongs to the artifact, as our bases do, and counts for no image.
+not centred): its expected squared share of a logit. Of the Keys an artifact has the variance within images and the mean of all, so E[k_d²]
+is here their sum, without the variance of the images' means. The ratio · all channels of largest score are kept, one threshold for the
+whole model; then each head's number is rounded to the nearest multiple of 32 (0, 32, ... D) and that many of its best channels stay,
+native. Others are zero. Values stay native. The mask belongs to the artifact, as our bases do, and counts for no image.
 Where it differs: published masks are learned, 2,000 steps through the loss of hidden states on answer tokens and 200 with the mask binary;
 this one is what calibrated moments say, so it shows the structure (static, head-wise, steps of 32) and not the learning. There a head of
 width 0 leaves the softmax, Keys and Values; a coder returns a Key and a Value for every token, so here it keeps the mean Key and the mean

@@ -30,6 +30,8 @@ def row(exact=(0.9, 0.8, 1.0), kl=(0.1, 0.05, 0.2), samples=100, span=3000.0, **
         (row(kl=(0.03, 0.02, 0.06)), "KL per token 0.03, committed 0.1 [0.05, 0.2]"),
         (row(kl=(0.03, 0.02, 0.06), samples=20), None),  # fewer documents: the intervals meet
         (row(kl=(0.03, 0.02, 0.04), samples=20), "KL per token [0.02, 0.04], committed 0.1 [0.05, 0.2]"),
+        (row(kl=("nan", "nan", "nan")), "KL per token nan, committed 0.1 [0.05, 0.2]"),
+        (row(span="nan"), "span bytes nan, committed 3000"),
         (row(span=3007.0), "span bytes 3007, committed 3000"),
         (row(span=3005.0), None),
         (row(span=4000.0, samples=20), None),

@@ -25,6 +25,7 @@ def changed(**values):
         ({"kl": 0.31, "kl_interval": [0.21, 0.4]}, False, ["rows (0.25, pca)/kl: 0.31 [0.21, 0.4], committed 0.1 [0.0499, 0.2]"]),
         ({"images": [0.41, 0.4, 0.5]}, True, ["rows (0.25, pca)/images: 0.41 [0.4, 0.5], committed 0.3 [0.2, 0.4]"]),
         ({"way": "channels", "kl": 9.0, "kl_interval": [9, 9], "images": [9, 9, 9]}, True, []),  # another row
+        ({"kl": float("nan")}, True, ["rows (0.25, pca)/kl: nan [0.05, 0.2], committed 0.1 [0.0499, 0.2]"]),
     ],
 )
 def test_figures_outside(new, same, said):
@@ -77,7 +78,9 @@ def test_the_suite_over_all_seeds(played, capsys):
     assert ended == 0 and [words[0] for words in seen] == ["rotatek-compile", "rotatek-compile", "rotatek-eval"]
     assert [words[words.index("--seed") + 1] for words in seen[:2]] == ["0", "5"]
     assert seen[2][1] == "tiny-0" and seen[2][seen[2].index("--also") + 1] == "tiny-5" and "--resume" not in seen[2]
-    assert "tiny: no committed results to compare with" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tiny: no committed results to compare with" in shown and "all as committed" not in shown
+    assert "what could be compared is as committed (not compared: tiny: the suite)" in shown
     (played.results / "proof-tiny.csv").write_text("x")
     played.status["check_results.py"] = 1
     ended, seen = played("suite")  # artifacts are there, the evaluation goes on where it stopped
@@ -100,9 +103,25 @@ def test_figures_are_compared(played, capsys):
     assert "committed 5 [3.99, 6.01]" in capsys.readouterr().out
 
 
+def test_figures_that_a_rerun_lacks_are_said(played, capsys):
+    (played.results / "rotation-tiny.json").write_text(json.dumps(changed(way="channels") | {"num_samples": 1}))
+    assert played("rotation")[0] == 0
+    shown = capsys.readouterr().out
+    assert "rows (0.25, channels)/kl: committed, and not in the rerun" in shown and "all as committed" not in shown
+    assert "nothing committed to compare with" not in shown and "not compared: tiny: 2 figures of bench_rotation.py" in shown
+
+
 def test_a_step_that_fails_ends_the_run(played):
     played.status["rotatek-compile"] = 3
     with pytest.raises(SystemExit, match="compile tiny, seed 0 ended with status 3; what is finished is kept"):
         played("suite")
     played.status.update({"fill_tables.py": 1})
     assert played("tables")[0] == 1
+
+
+def test_what_is_kept_of_another_run_is_not_taken_for_this_one(played):
+    assert played("rotation")[0] == 0
+    with pytest.raises(SystemExit, match="holds a run with --documents 3; give the same, or another --work"):
+        played("rotation", documents=9)
+    with pytest.raises(SystemExit, match="holds a run with --data mixed"):
+        played("suite", data="ours")

@@ -55,6 +55,16 @@ def test_the_table_says_what_a_setting_loses():
     assert "KL" not in bench_rival_speed.markdown(ROWS, []).splitlines()[2]
 
 
+def test_answers_are_those_of_the_axis_that_is_timed():
+    """A suite has methods several times: ours beside raw Values, rivals beside coded ones, neither of which is timed."""
+    row = {"method": "rotatek", "skill": "all", "ask": "after", "kl": "1", "exact_match": "1"}
+    row |= {"span_bytes_dense": "100", "span_bytes": "50"}
+    rows = [row | {"axis": axis, "kl": kl} for axis, kl in (("keys", "2"), ("keys+values4", "3"), ("values", "4"), ("kv", "5"))]
+    assert bench_rival_speed.losses(rows) == {("rotatek", 0.5): (5.0, 1.0)}
+    assert bench_rival_speed.losses([one | {"method": "think"} for one in rows[:2]]) == {("think", 0.5): (2.0, 1.0)}
+    assert bench_rival_speed.losses([row]) == {("rotatek", 0.5): (1.0, 1.0)}  # of a table that knows one axis
+
+
 def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch):
     """Half of the Values: the gate speaks before any clock."""
     rival_kernels = pytest.importorskip("rival_kernels")

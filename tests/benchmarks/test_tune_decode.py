@@ -28,22 +28,23 @@ def test_the_search_keeps_what_is_faster(on_the_cpu, monkeypatch):
     def us(self, key, tuning):
         found = {2: 10.0, 3: 8.0}.get(tuning.stages, float("inf"))
         found *= 0.996 if tuning.programs == 4 else 1.0
-        return found * (0.5 if (tuning.most_classes, tuning.rests) == (4, True) else 1) * (0.9 if tuning.launches else 1)
+        return found * (0.5 if tuning.many_registers is None else 1) * (0.9 if tuning.nibble > 1 else 1)
 
     monkeypatch.setattr(tune_decode.Trial, "us", us)
     trial = tune_decode.Trial({(1, 256): 1}, tune_decode.time.perf_counter(), 60)
     found = trial.best(Tuning(stages=2))
-    assert found == Tuning(stages=3, most_classes=4, rests=True, launches=True)
-    assert tune_decode.row_text("A GPU", found) == '"A GPU": Tuning(most_classes=4, rests=True, launches=True),'
+    assert found == Tuning(stages=3, many_registers=None, softmax=39.2, byte=0.728, nibble=1.26)
+    row = '"A GPU": Tuning(softmax=39.2, byte=0.728, nibble=1.26, many_registers=None),'
+    assert tune_decode.row_text("A GPU", found) == row
     assert tune_decode.Trial({(1, 256): 1}, 0.0, 0.0).best(Tuning(stages=2)) == Tuning(stages=2)  # no time
     scaled = tune_decode.changed(Tuning(), "costs", 0.5)
-    assert (scaled.softmax, scaled.rest, scaled.programs) == (14.0, 0.55, 3)
+    assert (scaled.softmax, scaled.nibble, scaled.programs) == (14.0, 0.45, 3)
 
 
 def test_settings_make_the_plan(on_the_cpu, monkeypatch):
-    layers = [make_layer(Case(1, 256), *tune_decode.CONFIGURATIONS["mixed, mean K 32x4 V 64x4"], seed=1)]
-    (split,) = tune_decode.planned(layers, Tuning(most_classes=8, rests=True, launches=True))
-    assert len(split.view.splits.launches) > 4 and split.view.splits.fine
+    layers = [make_layer(Case(1, 2048), *tune_decode.CONFIGURATIONS["mixed, mean K 32x4 V 64x4"], seed=1)]
+    many, few = (tune_decode.planned(layers, Tuning(filled_programs=number))[0].view.splits for number in (32, 8))
+    assert (many.num_splits, few.num_splits) == (56, 32)
     trial = tune_decode.Trial({(1, 256): 1}, 0.0, 0.0)
     key = (1, 256, "K 32x4 V 64x4")
     assert trial.us(key, Tuning()) == trial.us(key, Tuning()) and len(trial.rows) == 1 and trial.rows[0]["plan"] == key[2]

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -174,6 +175,15 @@ def test_another_calibration_must_be_of_the_same_model(cli, measured, unmeasured
     suite = ("eval", measured, "--data", data_file, "--device", "cpu", "--suite", "proof", "--output", tmp_path / "out")
     assert "was compiled for other weights than" in cli(*suite, "--also", tmp_path / "other").sentence(2)
     assert not (tmp_path / "out").exists()
+
+
+def test_another_calibration_must_keep_the_same_tokens(cli, measured, data_file, tmp_path):
+    config = json.loads((Path(measured) / "rotatek_config.json").read_text())
+    config["rotatek"] |= {"token_method": "fastv", "token_keep_ratio": 0.5}
+    shutil.copytree(measured, tmp_path / "other")
+    (tmp_path / "other" / "rotatek_config.json").write_text(json.dumps(config))
+    suite = ("eval", measured, "--data", data_file, "--device", "cpu", "--suite", "proof", "--output", tmp_path / "out")
+    assert "has token_method fastv" in cli(*suite, "--also", tmp_path / "other").sentence(2)
 
 
 def test_resuming_nothing_is_told(cli, measured, data_file, tmp_path):

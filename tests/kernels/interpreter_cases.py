@@ -13,7 +13,6 @@ import torch
 from kernel_caches import EMPTY, Coded, Segment, brute_force, random_cache, random_layout, relative_error
 from rotatek_compile.kernels import decode
 from rotatek_compile.kernels.decode_torch import decode_attention_torch
-from rotatek_compile.kernels.decode_tuning import Tuning
 from rotatek_compile.kernels.table import plan_splits
 
 SMALL = decode.Config(32, 2, 32, 2)
@@ -77,23 +76,6 @@ def growing_window():
     return worst
 
 
-WIDE = zip((16, 16, 32, 48, 80, 112), (32, 96, 16, 48, 80, 112), strict=True)
-UNEVEN = [[[Segment(70 + 90 * h, Coded(0, 0, key), Coded(0, 0, value)), Segment(9)] for h, (key, value) in enumerate(WIDE)]]
-UNEVEN[0][2].append(Segment(60, Coded(16, 8, 16), None))
-UNEVEN[0][3].append(Segment(60, None, Coded(0, 16, 32)))
-
-
-def classes(dtype, group=4, new=1, dim=128, tiles=None, **options):
-    """Heads of different widths, with classes of their own; rests of 4-bit slabs with `rests`."""
-    cache = random_cache(UNEVEN, [7], dim, 40, dtype)
-    plan = plan_splits(cache.view.table, window_capacity=40, head_dim=dim, num_programs=12, min_tokens=64, tuning=Tuning(**options))
-    assert len(plan.launches) == (1 + sum(len(x.classes) for x in plan.launches) if options.get("launches") else 1)
-    q = torch.randn(1, new, 6 * group, dim, generator=torch.Generator().manual_seed(1)).to(dtype).transpose(1, 2)
-    view = dataclasses.replace(cache.view, splits=plan)
-    out = decode.decode_attention(q, view, dim**-0.5, tiles=tiles, two_part_query=False)
-    return relative_error(out, brute_force(q, cache, dim**-0.5))
-
-
 def missing_means():
     """Shared and own means, either, both or none on either side."""
     kept = [Coded(0, 8, 16, shared, own) for shared in (False, True) for own in (False, True)]
@@ -155,14 +137,6 @@ CASES = {  # name: (what to run, largest error)
     "append-3-to-splits": (lambda: appended([[[Segment(9)]] * 2] * 3, [130, 65, 3], 96, 2, 3, f16), 2e-3),
     "shared-offsets": (shared_offsets, 2e-3),
     "growing-window": (growing_window, 1e-5),
-    "classes-4": (lambda: classes(f16, most_classes=4), 2e-3),
-    "classes-4-apart": (lambda: classes(f16, most_classes=4, launches=True), 2e-3),
-    "rests-1": (lambda: classes(f16, rests=True), 2e-3),
-    "rests-8": (lambda: classes(f16, most_classes=8, rests=True), 2e-3),
-    "rests-8-apart": (lambda: classes(bf16, most_classes=8, rests=True, launches=True), 1e-2),
-    "rests-8-16-rows": (lambda: classes(f16, group=8, new=2, most_classes=8, rests=True, launches=True), 2e-3),
-    "rests-fp32": (lambda: classes(f32, group=2, most_classes=2, rests=True, tiles=APART), 1e-5),
-    "rests-together": (lambda: classes(f32, most_classes=3, rests=True, launches=True), 1e-5),
 }
 
 if __name__ == "__main__":

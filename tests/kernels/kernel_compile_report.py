@@ -18,8 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rotatek_compile.kernels import decode_kernels
-from rotatek_compile.kernels.decode import Config, Widths, config, constants
-from rotatek_compile.kernels.decode_classes import WidthClass
+from rotatek_compile.kernels.decode import Config, Widths, config
 from rotatek_compile.kernels.slabs import Slabs
 
 RAW, BOTH, KEYS, VALUES = (True, True), (False, False), (False, True), (True, False)  # (raw Keys, raw Values)
@@ -36,12 +35,9 @@ class Case(NamedTuple):
     pairs: tuple[tuple[bool, bool], ...]
     two_part: bool = False
     native: str = "bf16"
-    classes: tuple[WidthClass, ...] = ()
-    fine: bool = False
 
 
 NONE = Slabs()
-UNEVEN = WidthClass(Slabs(0, 0, 48), Slabs(0, 0, 96)), WidthClass(Slabs(0, 0, 32), Slabs(0, 0, 32))
 CASES = {
     "g4-d128-r32": Case(4, 1, 128, Slabs(32), NONE, (KEYS,)),
     "g4-d128-r32-two-part": Case(4, 1, 128, Slabs(32), NONE, (KEYS,), True),
@@ -59,9 +55,6 @@ CASES = {
     "g1-d64-three-slabs": Case(1, 1, 64, Slabs(16, 16, 32), Slabs(16, 16, 32), (BOTH, RAW), True),
     "g8-t4-d64-every-pair": Case(8, 4, 64, Slabs(16, 16, 32), Slabs(16, 16, 32), (BOTH, KEYS, VALUES, RAW), True),
     "g4-d128-k4-v4-fp16": Case(4, 1, 128, Slabs(0, 0, 32), Slabs(0, 0, 64), (BOTH,), True, "fp16"),
-    "g4-d128-k4-rests": Case(4, 1, 128, Slabs(0, 0, 48), Slabs(0, 0, 96), (BOTH,), fine=True),
-    "g4-d128-k4-rests-alone": Case(4, 1, 128, Slabs(0, 0, 16), Slabs(0, 0, 32), (BOTH,), fine=True),
-    "g4-d128-mixed-two-classes": Case(4, 1, 128, Slabs(0, 0, 48), Slabs(0, 0, 96), (BOTH,), classes=UNEVEN, fine=True),
     "g4-d128-mixed-fp32": Case(4, 1, 128, Slabs(32, 0, 64), Slabs(0, 32, 64), (BOTH,), False, "fp32"),
 }
 
@@ -69,16 +62,12 @@ CASES = {
 def split_source(case: Case, tiles: Config | None = None) -> tuple[ASTSource, dict]:
     """The split kernel of a case as Triton's compiler takes it, pointers and strides 16-aligned as at run time."""
     rows = max(8, 1 << (case.new * case.group - 1).bit_length())
-    widths = Widths.of(case.key, case.value, frozenset(case.pairs), case.fine)
+    widths = Widths.of(case.key, case.value, frozenset(case.pairs))
     tiles = tiles or config(widths, case.dim, 4 if case.native == "fp32" else 2, rows)
-    classes = case.classes or tuple(
-        WidthClass(Slabs() if raw[0] else case.key, Slabs() if raw[1] else case.value, *raw) for raw in sorted(case.pairs) if raw != RAW
-    )
-    fixed = {
+    constants = {
         "HEADS": 8, "G": case.group, "T": case.new, "D": case.dim, "DP": 1 << (case.dim - 1).bit_length(), "M": max(16, rows),
-        "APART_M": rows, "APART": tiles.warps * tiles.apart, "APPEND": True, "EARLY": True, "CHAINED": False,
-        **constants(classes, case.fine and tiles.apart),
-        "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "DENSE_BLOCK_N": tiles.dense_block_n,
+        "APART_M": rows, "APART": tiles.warps * tiles.apart, "APPEND": True, "EARLY": True,
+        **widths.constants(), "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "DENSE_BLOCK_N": tiles.dense_block_n,
         "DENSE_STAGES": tiles.dense_stages, "TWO_PART": case.two_part, "UPCAST": False,
         "PRECISION": "tf32x3" if case.native == "fp32" else "tf32",
     }  # fmt: skip
@@ -89,9 +78,9 @@ def split_source(case: Case, tiles: Config | None = None) -> tuple[ASTSource, di
     }  # fmt: skip
     kernel = decode_kernels.split_kernel
     types |= {name: "i32" for name in kernel.arg_names if name.startswith("stride_")}
-    signature = {name: "constexpr" if name in fixed else types.get(name, "*" + case.native) for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "*" + case.native) for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] not in ("constexpr", "fp32")}
-    return ASTSource(kernel, signature, constexprs=fixed, attrs=aligned), {"num_warps": tiles.warps, "maxnreg": tiles.registers}
+    return ASTSource(kernel, signature, constexprs=constants, attrs=aligned), {"num_warps": tiles.warps, "maxnreg": tiles.registers}
 
 
 def compiled(name: str, tiles: Config | None = None) -> triton.compiler.CompiledKernel:

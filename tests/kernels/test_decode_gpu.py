@@ -8,8 +8,6 @@ import torch
 from kernel_caches import Coded, Segment, brute_force, random_cache, random_layout, relative_error
 from rotatek_compile.kernels import decode, decode_ops
 from rotatek_compile.kernels.decode_torch import decode_attention_torch
-from rotatek_compile.kernels.decode_tuning import Tuning
-from rotatek_compile.kernels.table import plan_splits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 1e-4}
@@ -89,29 +87,6 @@ def test_warps_apart_at_every_length(group, new):
         widths = decode.Widths.of(plan.key_widths, plan.value_widths, plan.pairs)
         assert decode.config(widths, 128, 2, 16 if group * new > 8 else 8).apart
         check(cache, group, new, 128, torch.bfloat16)
-
-
-TUNINGS = {
-    "classes": Tuning(most_classes=4),
-    "rests": Tuning(rests=True),
-    "classes-rests": Tuning(most_classes=4, rests=True),
-    "launches": Tuning(most_classes=4, rests=True, launches=True),
-}
-
-
-@pytest.mark.parametrize("name", TUNINGS)
-@pytest.mark.parametrize(("group", "new"), [(4, 1), (8, 2)])
-def test_heads_of_different_widths(name, group, new):
-    """Every width of 4-bit slabs up to 112 directions, each head with its own, beside native Keys and coded Values of 8 bits."""
-    widths = [(16, 32), (32, 96), (48, 16), (16, 48), (64, 64), (80, 80), (96, 112), (112, 32)]
-    layout = [[[Segment(500 + 333 * h, Coded(0, 0, key), Coded(0, 0, value)), Segment(65)] for h, (key, value) in enumerate(widths)]]
-    layout[0][1].append(Segment(300, Coded(16, 8, 16), None))
-    layout[0][2].append(Segment(300, None, Coded(0, 16, 32)))
-    cache = random_cache(layout, [40], 128, 128, torch.bfloat16, device="cuda")
-    plan = plan_splits(cache.view.table.cpu(), window_capacity=128, head_dim=128, num_programs=100, tuning=TUNINGS[name], device="cuda")
-    assert (len(plan.launches) > 3) is (name == "launches")
-    cache.view = dataclasses.replace(cache.view, splits=plan)
-    check(cache, group, new, 128, torch.bfloat16)
 
 
 @pytest.mark.filterwarnings("error")

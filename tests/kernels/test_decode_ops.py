@@ -8,8 +8,6 @@ import torch
 from kernel_caches import EMPTY, Coded, Segment, random_cache
 from rotatek_compile.kernels import decode_ops
 from rotatek_compile.kernels.decode_torch import decode_attention_torch
-from rotatek_compile.kernels.decode_tuning import Tuning
-from rotatek_compile.kernels.table import plan_splits
 
 pytestmark = pytest.mark.filterwarnings("ignore:decoding with the torch backend")
 LAYOUT = [[[Segment(40, Coded(8, 16, 16), Coded(0, 0, 32)), Segment(9, Coded(16), None)]], [[Segment(13), EMPTY]]]
@@ -52,21 +50,9 @@ def test_the_operator_is_the_plain_call(new):
 def test_what_a_plan_becomes():
     args = arguments(*case())
     view = case()[0]
-    assert args[16:20] == (view.splits.max_splits, [16, 16, 16], [0, 0, 32], [0, 1, 3]) and args[21] is False
-    both, keys = [16, 16, 16, 0, 0, 32, 0, 0], [16, 16, 16, 0, 0, 0, 0, 1]
-    assert args[20] == [view.splits.num_splits, 1, 2, *both, *keys]
+    assert args[16:] == (view.splits.max_splits, [16, 16, 16], [0, 0, 32], [0, 1, 3])
     assert {decode_ops.PAIRS[number] for number in args[19]} == view.splits.pairs
     assert decode_ops.PAIRS[1] == (False, True)  # coded Keys, raw Values
-
-
-@pytest.mark.parametrize("apart", [False, True])
-def test_launches_there_and_back(apart):
-    table = case()[0].table
-    plan = plan_splits(table, window_capacity=16, head_dim=64, tuning=Tuning(most_classes=4, rests=True, launches=apart))
-    found = decode_ops.launches_of(plan.records, [number for launch in plan.launches for number in decode_ops.numbers(launch)])
-    assert len(found) == (3 if apart else 1)
-    for mine, its in zip(found, plan.launches, strict=True):
-        assert torch.equal(mine.records, its.records) and mine[1:] == its[1:]
 
 
 def test_opcheck():

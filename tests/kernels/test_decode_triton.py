@@ -98,26 +98,9 @@ def test_assembly_of_codes_to_fp16(name):
         assert found == expected[name]
 
 
-@pytest.mark.parametrize("name", ["C_KEYS_4_REST", "C_VALUES_4_REST"])
-def test_assembly_of_rests(name):
-    """As above, of every byte the half that the mask names, each byte for itself."""
-    from rotatek_compile.kernels import decode_widen
-
-    text = getattr(decode_widen, name).value
-    for first in range(256):
-        packed = [first, 255 - first, first * 7 % 256, first ^ 0x5A]
-        for high in ((0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 1), *([(0, 1, 1, 0)] if "KEYS" in name else [])):
-            mask = int.from_bytes(bytes(255 * h for h in high), "little")
-            registers = execute(text, int.from_bytes(bytes(packed), "little"), torch.float16, "$2", {"$3": mask})
-            words = [registers[f"${i}"].to_bytes(4, "little") for i in range(2)]
-            found = [torch.frombuffer(bytearray(word), dtype=torch.float16).tolist() for word in words]
-            chosen = [(x >> 4 if h else x & 15) - 8 for x, h in zip(packed, high, strict=True)]
-            assert found == ([chosen[:2], chosen[2:]] if "KEYS" in name else [chosen[::2], chosen[1::2]])
-
-
-def execute(text, argument, dtype, source="$4", more=()):
+def execute(text, argument, dtype, source="$4"):
     """The PTX instructions mov, and, xor, shr, prmt, lop3 and fma on 32-bit registers."""
-    registers = {source: argument, **dict(more)}
+    registers = {source: argument}
 
     def value(name):
         return int(name, 0) if name[0].isdigit() else registers[name]

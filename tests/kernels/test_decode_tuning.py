@@ -22,11 +22,13 @@ def on(monkeypatch):
 
     def found(properties):
         tuning_of.cache_clear()
+        decode._choice.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         return tuning_of(torch.device("cuda", 0))
 
     yield found
     tuning_of.cache_clear()
+    decode._choice.cache_clear()
 
 
 def test_rows_by_name(on, monkeypatch):
@@ -45,6 +47,9 @@ def test_guesses(on):
     assert (faster.softmax, faster.byte, faster.nibble) == pytest.approx((56, 1.04, 1.8), rel=1e-3) and faster.stages == 3
     small = guessed(gpu("Some GPU", shared_memory_per_multiprocessor=100 << 10, regs_per_multiprocessor=1 << 15))
     assert (small.stages, small.few_registers, small.softmax) == (2, None, 28)
+    assert on(gpu("Some GPU", shared_memory_per_multiprocessor=100 << 10)).many_registers == 168
+    chosen, _ = decode._choice(Slabs(0, 0, 32), Slabs(0, 0, 64), BOTH, 128, 2, 8, torch.device("cuda", 0))
+    assert chosen == decode.Config(128, 2, 32, 2, 4, True, 128)
 
 
 def test_settings_reach_the_plan_and_the_kernel():
@@ -53,16 +58,19 @@ def test_settings_reach_the_plan_and_the_kernel():
     codes[..., table.KEY + table.NIBBLE], codes[..., table.VALUE + table.NIBBLE] = torch.tensor([[16], [48]]), torch.tensor([[32], [96]])
     assert table.programs_for(codes, 100, Tuning(coded_programs=7)) == 700
     assert table.programs_for(codes, 2, Tuning(filled_programs=5)) == 10
-    alike, own = (
-        table.plan_splits(codes, window_capacity=0, head_dim=128, num_programs=32, tuning=Tuning(most_classes=most)) for most in (1, 4)
+    bound, read = (  # by instructions, the same for both heads; by their own bytes, 24 and 72, in splits of whole tiles
+        table.plan_splits(codes, window_capacity=0, head_dim=128, num_programs=32, tuning=tuning).ranges.diff().tolist()
+        for tuning in (H100, Tuning(softmax=0.0, nibble=0.0))
     )
-    assert alike.ranges.diff().tolist() == [16, 16] and len(alike.launches[0].classes) == 1
-    narrow, wide = own.ranges.diff().tolist()
-    assert wide > 1.4 * narrow and len(own.launches[0].classes) == 2
-    level = table.plan_splits(
-        codes, window_capacity=0, head_dim=128, num_programs=32, tuning=Tuning(most_classes=4, softmax=2000.0, nibble=0.0)
+    assert bound == [16, 16] and read == [8, 22]
+    eight = codes.clone()
+    eight[..., table.KEY + table.NIBBLE], eight[..., table.VALUE + table.NIBBLE] = 0, 0
+    eight[..., table.KEY + table.BYTE] = torch.tensor([[16], [48]])
+    by_bytes, by_tiles = (
+        table.plan_splits(eight, window_capacity=0, head_dim=128, num_programs=32, tuning=Tuning(softmax=0.0, byte=byte))
+        for byte in (0.0, 9.0)
     )
-    assert level.ranges.diff().tolist() == [16, 16]
+    assert (by_bytes.ranges.diff().tolist(), by_tiles.ranges.diff().tolist()) == ([8, 22], [16, 16])
     widths = decode.Widths.of(Slabs(0, 0, 32), Slabs(0, 0, 64), BOTH)
     assert decode.config(widths, 128, 2) == decode.Config(128, 3, 32, 2, 4, True, 128)
     changed = decode.config(widths, 128, 2, tuning=Tuning(stages=2, large_tile=40, few_registers=96))

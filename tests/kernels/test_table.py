@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from rotatek_compile.kernels import decode, table
-from rotatek_compile.kernels.decode_classes import KEY_REST, VALUE_REST, WidthClass, tiles
-from rotatek_compile.kernels.decode_tuning import Tuning
 from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.kernels.table import BLOCK, NONE, Kind
 
@@ -98,49 +96,10 @@ def test_widths_and_pairs():
 
 
 def test_what_the_kernel_is_compiled_for():
-    """Tiles are powers of two from 16 on, of 4-bit codes in bytes; with rests 24 bytes of a Key are 16 and 8, 48 of a Value 32 and 16."""
-    which = WidthClass(Slabs(8, 24, 48), Slabs(0, 0, 96)), WidthClass(Slabs(0, 0, 16), Slabs(), raw_value=True)
-    assert decode.constants(which, False)["CLASSES"] == (
-        (16, 32, 32, 0, 0, 0, 64, 0, False, False), (0, 0, 16, 0, 0, 0, 0, 0, False, True)
-    )  # fmt: skip
-    assert decode.constants(which, True)["CLASSES"] == (
-        (16, 32, 16, 8, 0, 0, 32, 16, False, False), (0, 0, 0, 8, 0, 0, 0, 0, False, True)
-    )  # fmt: skip
-    keys = {width: tiles(Slabs(0, 0, 2 * width), KEY_REST)[2:] for width in range(0, 72, 8)}
-    assert keys == {0: (0, 0), 8: (0, 8), 16: (16, 0), 24: (16, 8), 32: (32, 0), 40: (32, 8), 48: (64, 0), 56: (64, 0), 64: (64, 0)}
-    values = {width: tiles(Slabs(0, 0, 2 * width), VALUE_REST)[2:] for width in range(0, 72, 8)}
-    assert values == {0: (0, 0), 8: (0, 16), 16: (0, 16), 24: (32, 0), 32: (32, 0), 40: (32, 16), 48: (32, 16), 56: (64, 0), 64: (64, 0)}
-
-
-def test_classes_of_widths():
-    """Heads of like widths go together; with as many classes as wanted no head pays for tiles wider than its own."""
-    widths = [(16, 32), (16, 96), (32, 32), (32, 64), (32, 64), (48, 96)]
-    rows = [[[entry(1000, Slabs(0, 0, key), Slabs(0, 0, value))] for key, value in widths]]
-    for most, fine, expected in ((1, False, 1), (8, False, 4), (8, True, 5), (2, True, 2)):
-        found = plan(rows, tuning=Tuning(most_classes=most, rests=fine))
-        (launch,) = found.launches
-        assert len(launch.classes) == expected and launch.raw and found.fine is fine
-        for record in found.records.tolist():
-            which = launch.classes[record[table.SPLIT_CLASS]]
-            key, value = widths[record[table.ROW]]
-            assert which.key.nibble >= key and which.value.nibble >= value
-            if most == 8:
-                assert tiles(which.key, KEY_REST * fine) == tiles(Slabs(0, 0, key), KEY_REST * fine)
-                assert tiles(which.value, VALUE_REST * fine) == tiles(Slabs(0, 0, value), VALUE_REST * fine)
-
-
-def test_a_launch_for_each_class():
-    coded = [entry(1000, Slabs(0, 0, 16), Slabs(0, 0, 32)), entry(2000, Slabs(0, 0, 48), Slabs(0, 0, 96)), entry(500, RAW, Slabs(0, 64))]
-    found = plan([[[*coded, entry(300)]]], window_capacity=70, tuning=Tuning(most_classes=4, rests=True, launches=True))
-    assert [len(launch.classes) for launch in found.launches] == [0, 1, 1, 1] and [x.raw for x in found.launches] == [True, *[False] * 3]
-    assert torch.equal(torch.cat([launch.records for launch in found.launches]), found.records)
-    kinds = {int(kind) for kind in found.launches[0].records[:, table.SPLIT_KIND]}
-    assert kinds == {int(Kind.WINDOW), int(Kind.DENSE)}
-    for launch in found.launches[1:]:
-        entries = set(launch.records[:, table.ENTRY].tolist())
-        (which,), (number,) = launch.classes, entries
-        assert (which.key.nibble, which.value) == [(16, (0, 0, 32)), (48, (0, 0, 96)), (0, (0, 64, 0))][number]
-        assert which.raw_key == (number == 2) and launch.pairs == {(number == 2, False)}
+    constants = decode.Widths.of(Slabs(8, 24, 48), Slabs(0, 0, 128), frozenset({(False, False), (True, True)})).constants()
+    assert constants == {
+        "KN": 16, "K8": 32, "K4": 32, "VN": 0, "V8": 0, "V4": 64, "CODED_KEYS": False, "CODED_VALUES": False, "CODED_BOTH": True,
+    }  # fmt: skip
 
 
 def test_bad_tables_are_refused():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard
 from rotatek_compile.card import card_for_hub, model_card, write_measured
 from rotatek_compile.card_picture import draw_heads
 from rotatek_compile.errors import RotateKError
+from rotatek_compile.inspection import describe
 from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.plan import HeadPlan
 
@@ -91,6 +93,17 @@ def test_coded_values(make_artifact):
     assert "Values are stored raw" not in text and "- basis two-sided, allocated directions and bits, KV budget 0.25\n" in text
     assert "- bits per channel: Keys 4.00, Values 3.00, where 16 are dense\n" in text
     assert "0 to 32 Key directions, mean 16.0, 3 pairs keep none; 8 to 32 Value directions, mean 20.0; beside it" in text
+
+
+def test_fewer_tokens(make_artifact):
+    """Sizes and KL of a plan are of the kept tokens alone, and say so."""
+    made = coded(make_artifact)
+    assert "- an image of 512 tokens with its scales and means: " in model_card(made)
+    made.method = replace(made.method, token_method="fastv", token_keep_ratio=0.5)
+    text = model_card(made)
+    assert "- 512 kept tokens of images with their scales and means: " in text
+    assert "nats per answer token, of codes alone, without the dropped tokens\n" in text
+    assert "512 kept tokens of images with their scales" in describe(made)
 
 
 def test_means_alone(make_artifact):

@@ -1,5 +1,6 @@
 """Budgets and bits that go together, refusals of those that do not, and artifacts compiled for each kind of budget."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from rotatek_compile.compiler import shared_out
 from rotatek_compile.cost_curves import dense_bytes, needed_share, plan_bytes
 from rotatek_compile.errors import UsageError
 from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.models import checked_geometry, load_config, resolve
 from rotatek_compile.planning import tokens_to_pay
 from rotatek_compile.replan import replanned
+from rotatek_compile.token_budget import index_share
 
 
 def options(**given):
@@ -162,6 +165,15 @@ def test_dry_runs(cli, checkpoint, data_file, tmp_path):
     ask = ("compile", "--model", checkpoint, "--calib", data_file, "-o", tmp_path / "a", "--device", "cpu", "--dry-run")
     assert "KV budget 0.125" in (said := cli(*ask, "--kv-budget", "0.125").out) and "768 dense, about 96 compressed" in said
     assert "the smallest that fits" in cli(*ask, "--max-kl", "0.01").out
+    # half of the tokens may take twice as much each, less their index
+    tokens = ("--token-keep-ratio", "0.5", "--token-method", "snapkv")
+    index = index_share(checked_geometry(load_config(resolve(str(checkpoint)))), "snapkv")
+    said = cli(*ask, *tokens, "--kv-budget", "0.25").out
+    assert "(KV budget 0.25 of all tokens), of these: basis" in said and f"bits, KV budget {0.5 - index:.4g}, span" in said
+    assert "768 dense, about 192 compressed" in said
+    plain = float(re.search("about (\\d+) compressed", cli(*ask, "--keep-ratio", "0.5").out)[1])
+    assert f"about {(plain + 768 * index) / 2:.0f} compressed" in cli(*ask, *tokens, "--keep-ratio", "0.5").out
+    assert "to whose codes --kv-budget 0.1 leaves 0.1" in cli(*ask, *tokens, "--method", "int4", "--kv-budget", "0.1").sentence(2)
     assert (
         "Values at 8 bits" in (said := cli(*ask, "--value-bits", "8", "--key-bits", "4").out) and "768 dense, about 240 compressed" in said
     )

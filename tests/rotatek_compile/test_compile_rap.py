@@ -116,11 +116,20 @@ def test_inspect(pruned, cli, compiled):
     assert f"{first['value_width']} of 128" in text and "attention FLOPs 0." in text
     head = next(line for line in text.splitlines() if line.startswith("    0    0  "))
     assert head.count("#") == first["pairs"] and len(head.split()[-1]) == 64
+    assert "KL on the calibration documents themselves" in text  # four are too few to keep any aside
     found = json.loads(cli("inspect", folder, "--json").out)
     assert found["method"]["layers"][0]["pairs"] == first["pairs"] == len(found["pairs"]["0"][0])
     assert f"{first['pairs']} | {first['pairs']} pairs" in cli("inspect", folder, folder).out
     assert "the other a sidecar" in cli("inspect", folder, compiled).sentence()
     assert "a smaller checkpoint (RAP) has none" in cli("inspect", folder, "--html", "page.html").sentence(2)
+
+
+def test_inspect_a_report_that_was_edited(pruned, cli, tmp_path):
+    folder = shutil.copytree(pruned[1], tmp_path / "edited")
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps(report | {"plan_kl": "0.25"}))
+    done = cli("inspect", folder)
+    assert done.code == 0 and ": 2.50e-01 nats" in done.out
 
 
 def test_push_and_load_from_the_hub(pruned, server, cli, data_file):
@@ -248,6 +257,7 @@ def test_options_of_other_caches_are_refused_on_a_pruned_checkpoint(pruned, data
     run, ev = ("run", folder, "--prompt", "What?"), ("eval", folder, "--data", data_file)
     for words in (("--keep-ratio", 0.5), ("--backend", "torch"), ("--model", "tiny-llava-next")):
         assert f"{words[0]} {words[1]} cannot be chosen" in cli(*run, *words).sentence(2)
+    assert "--no-fallback speaks of a coded cache" in cli(*run, "--no-fallback").sentence(2)
     for words in (("--method", "int4"), ("--backend", "torch"), ("--no-fallback",)):
         assert words[0] in cli(*ev, *words).sentence(2)
     with pytest.raises(UsageError, match="kv_budget 0.5 cannot be chosen"):

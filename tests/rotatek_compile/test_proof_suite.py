@@ -21,6 +21,7 @@ from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.rivals.coded_values import CodedValues
 from rotatek_compile.runtime.rivals.registry import RIVALS, worst_share
 from rotatek_compile.suite import Measured, over_calibrations
+from rotatek_compile.token_budget import selecting
 
 
 @pytest.fixture
@@ -54,6 +55,18 @@ def test_a_budget_of_the_keys(measured_artifact, budget):
     assert 0.8 * budget / 2 < keys <= budget / 2 and artifact.method.kv_budget == (budget + 1) / 2
     kept = [sum(head.key.bytes_per_token() for head in heads) for heads in plan.values()]
     assert kept[2] >= kept[1] >= kept[0] and (kept[2] > kept[0] or budget == 1)
+
+
+def test_keys_alone_are_compared_on_all_tokens(tiny, measured_artifact):
+    selected = selecting(measured_artifact(), "snapkv", 0.5, kv_budget=0.25)
+    cut, plain = with_key_budget(selected, 0.5), with_key_budget(measured_artifact(), 0.5)
+    assert (cut.method.token_method, cut.method.token_keep_ratio, cut.method.token_budget) == (None, 1.0, None)
+    assert cut.plan() == plain.plan() and cut.method.kv_budget == plain.method.kv_budget
+    with enable(tiny, selected, backend="torch") as active:
+        suite = Methods(active).suite("proof")
+        dropping = {entry.name for entry in suite if entry.method != "dense" and entry.make().state.selector is not None}
+    own = {entry.name for entry in suite if entry.axis == "kv" and entry.method in ("rotatek", "artifact")}
+    assert dropping == own and len(own) == 7 and all("snapkv, 0.5 of the tokens, of these: " in name for name in own)
 
 
 def test_what_a_budget_of_the_keys_refuses(measured_artifact):

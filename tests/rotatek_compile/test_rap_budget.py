@@ -8,6 +8,7 @@ import pytest
 from rotatek_compile.errors import RotateKError, UsageError
 from rotatek_compile.geometry import Geometry, LayerGeometry
 from rotatek_compile.rap_budget import (
+    PATIENCE,
     Menu,
     by_sensitivity,
     cheapest,
@@ -106,6 +107,30 @@ def test_a_plan_is_improved_as_a_whole():
     assert kl == cost(better) < cost(first) or cost(first) == kl
     assert spent(better, menus(geometry())) <= room(geometry(), 0.8)
     assert min(32 - better[0, "key"], 32 - better[1, "key"]) == 0
+
+
+def test_where_there_are_many_documents_most_is_measured_on_a_few():
+    """Single cuts ask the few alone; whole plans ask all, and what is taken is better by both."""
+
+    def kl(widths):
+        return sum((1 + n) * (1 - widths.get(g, menu.full) / menu.full) ** 2 for n, (g, menu) in enumerate(menus(geometry()).items()))
+
+    asked = {"few": [], "all": []}
+    found = by_sensitivity(geometry(), 0.6, lambda w: asked["all"].append(w) or kl(w), few=lambda w: asked["few"].append(w) or 2 * kl(w))
+    assert all(len(widths) == 4 for widths in asked["all"]) and min(len(widths) for widths in asked["few"]) == 1
+    assert len(asked["all"]) < len(asked["few"]) and found[1] == kl(found[0]) == min(kl(w) for w in asked["all"])
+    first = asked["all"][0]
+    stubborn = by_sensitivity(geometry(), 0.6, kl, few=lambda w: kl(w) if len(w) == 1 else float(w != first))
+    assert stubborn[0] == first  # whatever else the few find dearer is not taken
+
+
+def test_moves_that_bring_nothing_come_to_an_end():
+    asked = []
+    by_sensitivity(geometry(6), 0.6, lambda w: asked.append(w) or 1.0, trials=10_000)
+    assert 3 < sum(len(w) == 12 for w in asked) <= 2 + PATIENCE
+    asked.clear()
+    by_sensitivity(geometry(6), 0.6, lambda w: asked.append(w) or 1e-7, trials=10_000)
+    assert sum(len(w) == 12 for w in asked) <= 2  # nothing to better
 
 
 def test_moves_fit():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from rap_small import documents, small_llama
 
+from rotatek_compile import rap_maps
 from rotatek_compile.errors import RotateKError, UsageError
 from rotatek_compile.rap_maps import REPAIRS, kept_pairs, key_maps, make_plan, value_maps
 from rotatek_compile.rap_measure import Measure
@@ -115,6 +116,30 @@ def test_measured_on_its_own_documents_when_nothing_is_passed(case):
     model, geometry, statistics, _ = case
     plan = make_plan(model, statistics, geometry, keep_ratio=0.8)
     assert plan.options["kl"] > 0 and plan.keep_ratio(geometry) <= 0.8
+
+
+def test_the_first_documents_of_a_measure(case):
+    """Read once: no model runs for them again, and the figure is that of these documents."""
+    model, geometry, statistics, measure = case
+    plan = make_plan(model, statistics, geometry, keep_ratio=0.6, score="fisher", budget="published", repair=("factors",))
+    part = measure.first(2)  # whole batches of three
+    assert (measure.documents, part.documents) == (6, 3)
+    assert part(plan.layers) == pytest.approx(Measure(model, documents(12)[6:9], geometry, 1, 0)(plan.layers), rel=1e-3)
+    assert part(plan.layers) != measure(plan.layers)
+
+
+def test_many_documents_are_measured_on_a_few_first(monkeypatch):
+    model, geometry = small_llama()
+    monkeypatch.setattr(rap_maps, "FEW", 2)
+    asked = []
+    real = Measure.__call__
+    monkeypatch.setattr(Measure, "__call__", lambda self, layers: asked.append((self.documents, len(layers))) or real(self, layers))
+    statistics = collect(model, documents(6), geometry, batch_size=1, pad_id=0, quiet=True, gradients=False)
+    plan = make_plan(model, statistics, geometry, keep_ratio=0.6, repair=())
+    assert {count for count, _ in asked} == {2, 6} and plan.options["kl"] == pytest.approx(
+        Measure(model, documents(6), geometry, 1, 0)(plan.layers), rel=1e-3
+    )
+    assert sum(count for count, _ in asked) < 0.7 * 6 * len(asked)
 
 
 def test_everything_kept_is_left_as_it_is(case):

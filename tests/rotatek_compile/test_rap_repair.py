@@ -97,3 +97,18 @@ def test_hidden_states_come_nearer(biased):
     assert distance(repaired, items) < 0.9 * distance(plan.layers, items)
     other = documents(24)[16:]
     assert distance(repaired, other) < distance(plan.layers, other)
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_batches_of_any_size_fit_the_same_maps(count):
+    """Also one batch that holds all documents: some of its rows are kept aside, and the others fitted."""
+    model, geometry = small_llama()
+    items = documents(count)
+    statistics = collect(model, items, geometry, gradients=False, **OPTIONS)
+    plan = make_plan(model, statistics, geometry, keep_ratio=0.5, score="logit", repair=())
+    found = {size: refit_outputs(model, plan.layers, items, geometry, **OPTIONS | {"batch_size": size}) for size in (1, 2, 8)}
+    assert any(not torch.equal(found[1][i].output, layer.output) for i, layer in plan.layers.items())
+    for size in (2, 8):
+        for i, layer in found[1].items():
+            assert torch.allclose(found[size][i].output, layer.output, atol=2e-3), (size, i)
+            assert (found[size][i].bias is None) == (layer.bias is None)

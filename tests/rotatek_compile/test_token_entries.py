@@ -63,6 +63,10 @@ def test_entries_say_what_they_are(methods):
     assert methods.enabled.token_methods == {"fastv", "snapkv"}
     plain = token_entries(methods, [], [], [], ["divprune"], [0.5, 0.25])
     assert [entry.setting for entry in plain] == ["divprune, 0.5 of the tokens", "divprune, 0.25 of the tokens"]
+    with pytest.raises(UsageError, match="give one of the two"):
+        token_entries(methods, [], [0.25], [], ["fastv"], [0.5])
+    with pytest.raises(UsageError, match="native, int4 has no keep ratio"):
+        token_entries(methods, ["native", "int4"], [0.25], [0.5], ["fastv"], [0.5])
     with pytest.raises(UsageError, match="needs --token-keep-ratio"):
         token_entries(methods, ["int4"], [0.25], [], ["fastv"], [])
     with pytest.raises(UsageError, match=r"int8 cannot meet .* \(of the kept tokens, to whose codes --kv-budget 0.25 leaves 0.497"):

@@ -1,10 +1,12 @@
 """A saved cache is the cache: same logits to the last bit, in this process and in another one. What cannot be saved says why."""
 
 import errno
+import hashlib
+import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -236,3 +238,12 @@ def test_what_a_plan_was_made_of_is_no_part_of_what_codes_mean(make_artifact):
     artifact = make_artifact(plan=MIXED)
     other = replace(artifact, method=replace(artifact.method, image_tokens=77))
     assert identity(other) == identity(artifact) != identity(replace(artifact, method=replace(artifact.method, escape_ratio=0.1)))
+
+
+def test_documents_saved_before_there_was_token_selection_are_read(make_artifact):
+    artifact = make_artifact(plan=MIXED)
+    since = ("token_method", "token_keep_ratio", "token_budget")  # fields of `Method` that older documents do not know
+    before = {name: value for name, value in asdict(artifact.method).items() if name not in (*since, "levels", "image_tokens")}
+    assert identity(artifact)["method"] == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    selecting = replace(artifact.method, token_method="fastv", token_keep_ratio=0.5)
+    assert identity(replace(artifact, method=selecting))["method"] != identity(artifact)["method"]

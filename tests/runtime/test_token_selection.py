@@ -1,6 +1,8 @@
 """Token selection against second, plain formulations: scores, what caches keep of it, bytes, and every way an image can arrive."""
 
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -173,6 +175,34 @@ def test_visionzip_follows_class_attention_through_the_tiles(model, prompts, mak
     assert cache.kept_tokens()[0][0][0].tolist() == [sorted(packed_scores.topk(14).indices.tolist())]
 
 
+def test_threads_that_watch_one_tower_take_turns(model, prompts, make_artifact):
+    """The second begins while the first encodes; each finds its own image's scores, and the tower is as it was."""
+    inputs = [prompts.batch([[3, size, 9]]) for size in (prompts.square, prompts.wide)]
+    expected = [as_lists(kept_of(model, make_artifact(RAW), one, "visionzip")[0]) for one in inputs]
+    tower, began, ended = model.model.vision_tower, threading.Barrier(2), []
+    implementation = tower.config._attn_implementation_internal
+    slow = tower.register_forward_hook(lambda *given: time.sleep(0.2))
+    try:
+        with enable(model, make_artifact(RAW), backend="torch", token_method="visionzip", token_keep_ratio=0.25) as enabled:
+
+            def read(number):
+                cache = enabled.new_cache()
+                began.wait()
+                with torch.no_grad():
+                    model(**inputs[number], past_key_values=cache)
+                ended.append((number, as_lists(cache)))
+
+            threads = [threading.Thread(target=read, args=(number,)) for number in range(2)]
+            for one in threads:
+                one.start()
+            for one in threads:
+                one.join()
+    finally:
+        slow.remove()
+    assert [found for _, found in sorted(ended)] == expected
+    assert tower.config._attn_implementation_internal == implementation and "pack_image_features" not in vars(model.model)
+
+
 @pytest.mark.parametrize("method", TOKEN_METHODS)
 def test_decoding_sees_the_kept_tokens_and_all_text(model, ragged, make_artifact, method):
     """The next token's logits are those of a stock cache whose dropped columns are masked, in every layer and head."""
@@ -271,15 +301,19 @@ def test_features_of_another_size_are_refused():
         selector.keep(0, 0, Run(0, 9, IMAGE, 0), 9, None, 1.0, {IMAGE: [torch.randn(8, 4)]})
 
 
-def test_a_cache_with_dropped_tokens_is_forked_and_reset_but_not_saved(model, prompts, make_artifact, tmp_path):
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+def test_a_cache_with_dropped_tokens_is_forked_and_reset_but_not_saved(model, prompts, make_artifact, tmp_path, method):
     inputs = prompts.batch([[3, prompts.square, 4]])
-    cache, _ = kept_of(model, make_artifact(RAW), inputs, "snapkv")
+    cache, _ = kept_of(model, make_artifact(RAW), inputs, method)
     with pytest.raises(RotateKError, match="dropped image tokens"):
         cache.save(tmp_path / "cache")
     copied, kept = cache.fork(), as_lists(cache)
     cache.reset()
     assert cache.kept_tokens() == {} and as_lists(copied) == kept
-    assert not cache.layers[0].is_initialized and cache.state.selector.method == "snapkv"
+    assert not cache.layers[0].is_initialized and cache.state.selector.method == method
+    with torch.no_grad(), enable(model, make_artifact(RAW), backend="torch", token_method=method, token_keep_ratio=0.25):
+        model(**inputs, past_key_values=cache)
+    assert as_lists(cache) == kept
 
 
 def as_lists(cache):
