@@ -31,7 +31,9 @@ from rotatek_compile.artifact import TENSOR_FILE, read_artifact, write_artifact
 from rotatek_compile.batches import Encoded, rope_index
 from rotatek_compile.calibrate import Collector, MomentStore, calibrate, run_batch
 from rotatek_compile.calibration_data.sample import Sample
-from rotatek_compile.compiler import CompileOptions, CompilePlan, compile_ours
+from rotatek_compile.compile_inputs import CompilePlan
+from rotatek_compile.compile_options import CompileOptions
+from rotatek_compile.compiler import compile_ours
 from rotatek_compile.geometry import geometry_of
 from rotatek_compile.models import Source
 from rotatek_compile.moments import Moments

@@ -6,15 +6,12 @@ as often as the batch needs, each copy at a place of its own, so that a step rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 from transformers.cache_utils import CacheLayerMixin
 
 from rotatek_compile.artifact import Artifact, Method
@@ -24,7 +21,7 @@ from rotatek_compile.kernels.table import KEY, OFFSET, OWN_MEAN, SCALES, VALUE
 from rotatek_compile.plan import SIDES, HeadPlan, plan_tensors
 from rotatek_compile.runtime.segments import IMAGE, TEXT
 from rotatek_compile.runtime.store import Store
-from rotatek_compile.text_attention import set_text_attention
+from rotatek_compile.text_attention import Attending
 
 PAGE, QUESTION = 2880, 24  # tokens
 DENSE = "dense_without_mask"
@@ -124,19 +121,7 @@ class FixedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-def dense_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **unused: Any) -> Any:
-    """SDPA over everything there is, in transformers' attention interface."""
-    out = scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+def dense_attention(call: Attending) -> tuple[Tensor, Tensor | None]:
+    """SDPA over everything there is. No mask: in a captured step transformers would make one, which the fast kernels do not take."""
+    out = scaled_dot_product_attention(call.query, call.key, call.value, scale=call.scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
-
-
-@contextmanager
-def attended_by(model: Any) -> Iterator[None]:
-    """The text model attends by `dense_attention`: in a captured step transformers makes a mask, which the fast kernels do not take."""
-    AttentionInterface.register(DENSE, dense_attention)
-    before = model.config.get_text_config(decoder=True)._attn_implementation
-    set_text_attention(model, DENSE)
-    try:
-        yield
-    finally:
-        set_text_attention(model, before)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from step_caches import FixedLayer, artifact_of, attended_by, fill_many, fill_ours, random_kv
+from step_caches import DENSE, FixedLayer, artifact_of, dense_attention, fill_many, fill_ours, random_kv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LogitsProcessor, StaticCache
 from transformers.cache_utils import Cache
@@ -20,6 +20,7 @@ from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.recorder import CudaRecorder
+from rotatek_compile.text_attention import attended_by
 
 WARM = 12
 CODED_ROWS = 4  # of the largest batch
@@ -132,7 +133,7 @@ class Bench:
         def step(ids: torch.Tensor) -> None:
             ids.copy_(self.model(input_ids=ids, **given).logits[:, -1].argmax(-1, keepdim=True))
 
-        with attended_by(self.model):
+        with attended_by(self.model, DENSE, dense_attention, masked=False):
             if self.device.type != "cuda":
                 return timed(lambda number: step(self.ids), self.device, self.steps), cache_bytes(cache).stored
             for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):

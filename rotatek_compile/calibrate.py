@@ -26,7 +26,7 @@ from .errors import RotateKError
 from .geometry import Geometry
 from .moments import Moments
 from .placement import input_device
-from .text_attention import attended_by
+from .text_attention import Attending, attended_by
 
 NAME = "rotatek_calibrate"
 SAVE_SECONDS = 20.0
@@ -86,20 +86,9 @@ class Collector:
             self.moments.add_queries(layer, self.readers.take(query).unflatten(0, (key.shape[1], -1)), scaling)
 
 
-def _attention(
-    collector: Collector,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    collector.collect(module, query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5)
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+def _collecting(collector: Collector, call: Attending) -> tuple[Tensor, Tensor | None]:
+    collector.collect(call.module, call.query, call.key, call.value, call.scaling)
+    return call.by_sdpa()
 
 
 def calibrate(
@@ -122,7 +111,7 @@ def calibrate(
     saved, whole = time.monotonic(), Moments(dict(moments.sums), moments.documents)
     bar = tqdm(total=len(items), initial=moments.documents, desc="moments", unit="doc", disable=None if not quiet else True, leave=False)
     try:
-        with bar, attended_by(model, NAME, partial(_attention, collector)), torch.inference_mode():
+        with bar, attended_by(model, NAME, partial(_collecting, collector)), torch.inference_mode():
             while moments.documents < len(items):
                 batch = list(items[moments.documents : moments.documents + batch_size])
                 run_batch(model, batch, collector, pad_id, device, dtype)

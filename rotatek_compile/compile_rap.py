@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .artifact import Artifact, library_versions, write_artifact
-from .batches import Encoded, end_ids, processor_hash, rope_index, template_hash
+from .batches import Encoded
 from .calibration_data.registry import open_data
+from .compile_inputs import DTYPE_NAMES, CompilePlan, load_inputs
 from .compile_options import CompileOptions
-from .compiler import DTYPE_NAMES, CompilePlan
-from .documents import Documents, usable
+from .documents import Documents
 from .errors import RotateKError, UsageError
 from .geometry import Geometry
 from .hub import check_space
@@ -31,10 +31,7 @@ from .models import (
     checked_geometry,
     choose_device,
     choose_dtype,
-    identity,
     load_config,
-    load_model,
-    load_processor,
     pinned,
     resolve,
 )
@@ -115,32 +112,12 @@ def compile_rap(options: CompileOptions) -> dict[str, Any]:
     start = time.perf_counter()
     prepared = prepare_rap(options)
     source, geometry = prepared.source, prepared.geometry
-    samples = usable(prepared.data, options.num_samples, geometry.text_only)
-    if len(samples) == 1:
-        warnings.warn(
-            f"{prepared.data.name} has one calibration document: what is kept fits that one; pass dozens like yours", stacklevel=2
-        )
-    processor = load_processor(source)
-    model = load_model(source, prepared.dtype, prepared.device, spread=options.device == AUTO)
+    loaded = load_inputs(prepared, options.num_samples, options)
+    model, processor, items, base, pad_id = loaded.model, loaded.processor, loaded.items, loaded.base, loaded.pad_id
     attention_modules(model)
-    base = identity(source, prepared.config)
-    items = Documents(prepared.data, samples, processor, geometry, end_ids(model)[0], rope_index(model))
     aside = len(items) // KEPT_ASIDE
     used, checked = (items[:-aside], items[-aside:]) if aside else (items, items)
-    record = {
-        "data": prepared.data.name,
-        **({"repository": prepared.data.repository} if prepared.data.repository else {}),
-        "revision": prepared.data.revision,
-        "split": prepared.data.split,
-        "num_samples": len(items),
-        "seed": options.seed,
-        "samples": prepared.data.hash_ids(list(samples.values())),
-        "template": template_hash(processor),
-        "processor": processor_hash(processor),
-        "documents": len(used),
-        "kept_aside": aside,
-    }
-    pad_id = processor.tokenizer.pad_token_id or 0
+    record = loaded.record | {"documents": len(used), "kept_aside": aside}
     plan, seconds = _plan(options, prepared, model, used, base, record, pad_id)
     assert options.keep_ratio is not None and options.rap_score is not None and options.rap_budget is not None
     section = RapSection.of(

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .artifact import Artifact, Method, library_versions, write_artifact
 from .bases import Basis, calibrated_basis, two_sided
-from .batches import Encoded, end_ids, processor_hash, rope_index, template_hash
+from .batches import Encoded
 from .calibrate_together import calibrate_together
-from .calibration_data.registry import DataSource, open_data
+from .calibration_data.registry import open_data
 from .card import model_card
 from .card_picture import draw_heads
+from .compile_inputs import DTYPE_NAMES, CompilePlan, load_inputs
 from .compile_options import CompileOptions
 from .compile_report import report
 from .compile_rival import compile_rival, rival_artifact
 from .cutter import Cutter, Prefilled
 from .deciding import coding_chosen, plan_from
-from .documents import Documents, usable
+from .documents import Documents
 from .errors import RotateKError, UsageError
 from .geometry import Geometry
 from .hub import PICTURE_FILE, check_space
 from .knockout import measure_knockouts
 from .models import (
-    Source,
     checked_geometry,
     choose_device,
     choose_dtype,
-    identity,
     load_config,
-    load_model,
-    load_processor,
     pinned,
     resolve,
 )
@@ -44,50 +39,15 @@ from .moments import Moments
 from .names import OURS, RAP
 from .output import atomic_directory, refuse_existing
 from .parallel import Processes, local_device, processes
-from .placement import AUTO
 from .plan import SIDES, Plan, plan_tensors
-from .planning import Costs, refuse_too_small, uniform_of
+from .planning import Costs, refuse_too_small
 from .sensitivity import NOTHING, JointCheck, Sensitivities, levels_for, measure
-from .token_budget import index_share, kept_tokens, with_total
+from .token_budget import kept_tokens, with_total
 from .usual import FACTOR, UsualSegments
 from .weights import check_include, include_weights
 
 Bases = dict[str, dict[int, Basis]]  # by side and layer
 CHECKED = 3  # most documents of the check, over those that heads are cut on
-DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True)
-class CompilePlan:
-    """What `--dry-run` shows: nothing but configs was read."""
-
-    source: Source
-    config: Any
-    geometry: Geometry
-    data: DataSource
-    device: torch.device
-    dtype: torch.dtype
-    rival: Artifact | None  # what a rival's artifact will be, but for its measured tensors
-
-    def bytes_per_token(self, method: Method | None) -> tuple[int, float | None]:
-        """Dense bytes per coded token over the compressed layers, and about those of the plan's codes (or of the rival).
-
-        Of a method that drops image tokens the latter are of one that was read, and its KV budget is that of the kept ones (`with_total`).
-        None where measuring has to say.
-        """
-        dense = self.geometry.dense_bytes_per_token()
-        if self.rival is not None:
-            return dense, self.rival.bytes_per_token()
-        if method is None or method.max_kl is not None:
-            return dense, None
-        if method.kv_budget is not None:
-            codes = method.kv_budget * dense
-        else:
-            plan = uniform_of(self.geometry, method)
-            codes = float(sum(head.bytes_per_token for heads in plan.values() for head in heads))
-        if method.token_method is None:
-            return dense, codes
-        return dense, method.token_keep_ratio * (codes + index_share(self.geometry, method.token_method) * dense)
 
 
 def prepare(options: CompileOptions) -> CompilePlan:
@@ -148,26 +108,10 @@ def _compile(options: CompileOptions, together: Processes) -> dict[str, Any]:
     plan = prepare(options)
     assert options.sensitivity_samples is not None
     wanted = options.num_samples if options.method == OURS else options.sensitivity_samples
-    samples = usable(plan.data, wanted, plan.geometry.text_only)  # before weights are loaded: a picture that does not open is said at once
-    if len(samples) == 1:
-        warnings.warn(f"{plan.data.name} has one calibration document: what is kept fits that one; pass dozens like yours", stacklevel=2)
-    processor = load_processor(plan.source)
-    model = load_model(plan.source, plan.dtype, plan.device, spread=options.device == AUTO)
-    base = identity(plan.source, plan.config)
-    items = Documents(plan.data, samples, processor, plan.geometry, end_ids(model)[0], rope_index(model))
-    record = {
-        "data": plan.data.name,
-        **({"repository": plan.data.repository} if plan.data.repository else {}),
-        "revision": plan.data.revision,
-        "split": plan.data.split,
-        "num_samples": len(items),
-        "seed": options.seed,
-        "samples": plan.data.hash_ids(list(samples.values())),
-        "template": template_hash(processor),
-        "processor": processor_hash(processor),
-    }
+    loaded = load_inputs(plan, wanted, options)
+    model, processor, items, base, record = loaded.model, loaded.processor, loaded.items, loaded.base, loaded.record
     if options.method == OURS:
-        artifact = compile_ours(options, plan, model, items, base, record, processor.tokenizer.pad_token_id or 0, together)
+        artifact = compile_ours(options, plan, model, items, base, record, loaded.pad_id, together)
     else:
         artifact = compile_rival(options, plan.geometry, model, items, base, record)
     seconds = artifact.report["seconds"]

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import RotateKError, UsageError
-from .geometry import Geometry, LayerGeometry
-from .plan import SIDES
+from .geometry import Geometry
 from .rap_plan import PAIR_STEP, VALUE_STEP
 
 BUDGETS = ("sensitivity", "published")
@@ -251,8 +250,3 @@ def widths_for(
     if cost is None:
         raise RotateKError("a budget by sensitivity needs documents to measure on; pass some")
     return by_sensitivity(geometry, keep_ratio, cost, few=few)
-
-
-def layer_widths(widths: Widths, layers: Sequence[LayerGeometry]) -> dict[int, tuple[int, int]]:
-    """By layer, kept pairs and Value width."""
-    return {i: (widths[i, SIDES[0]], widths[i, SIDES[1]]) for i in range(len(layers))}

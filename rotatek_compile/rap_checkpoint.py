@@ -182,14 +182,6 @@ def write_checkpoint(
         shutil.copyfile(source / GENERATION, target / GENERATION)
 
 
-def pruned_bytes(source: Path, name: str, geometry: Geometry, plan: RapPlan | None = None) -> int:
-    """Bytes of the weights that will be written; without a plan those of the dense ones, which is more."""
-    if plan is None:
-        return sum(tensor.bytes for tensor in stored_tensors(source, name).values())
-    weights = PrunedWeights(source, name, geometry, plan, {})
-    return sum(weights.bytes_of(key) for key in (*weights.stored, *weights.added))
-
-
 def read_config(directory: Path) -> Any:
     """The transformers config of the base model, out of a pruned checkpoint's config.json.
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .batches import Encoded
 from .geometry import Geometry
 from .rap_reading import PROJECTIONS, SHARES, Read, attentions, heads_of, output_heads, read
-from .text_attention import attended_by
+from .text_attention import Attending, attended_by
 
 NAME = "rotatek_rap_statistics"
 QUERIES = 48  # of each document
@@ -185,21 +185,10 @@ def _times(matrix: Tensor, query: Tensor) -> Tensor:
     return torch.cat([xa * qa + xb * qb, xa * qb - xb * qa], -1)
 
 
-def _attention(
-    collector: _Collector,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    out, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if hasattr(module, "layer_idx"):
-        collector.collect(module, query, key, out, attention_mask, scaling if scaling is not None else query.shape[-1] ** -0.5)
+def _collecting(collector: _Collector, call: Attending) -> tuple[Tensor, Tensor | None]:
+    out, weights = call.by_sdpa()
+    if hasattr(call.module, "layer_idx"):
+        collector.collect(call.module, call.query, call.key, out, call.mask, call.scaling)
     return out, weights
 
 
@@ -222,7 +211,7 @@ def collect(
         statistics.add(f"{i}.gram", (per_head.mT @ per_head).unflatten(0, (shape.kv_heads, -1)).sum(1))
     collector, draw = _Collector(statistics, geometry), torch.Generator().manual_seed(0)
     bar = tqdm(total=len(documents), desc="pairs", unit="doc", disable=None if not quiet else True, leave=False)
-    with bar, attended_by(model, NAME, partial(_attention, collector)), torch.inference_mode():
+    with bar, attended_by(model, NAME, partial(_collecting, collector)), torch.inference_mode():
         for start in range(0, len(documents), batch_size):
             batch = read(model, documents[start : start + batch_size], geometry, pad_id)
             collector.announce(batch, draw)

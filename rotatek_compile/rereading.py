@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .errors import RotateKError
-from .text_attention import attended_by
+from .text_attention import Attending, attended_by
 
 NAME = "rotatek_reread"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -118,27 +118,16 @@ def _own_part(seen: Tensor, cuts: int, past: int, new: int, number: int) -> Tens
     return torch.cat([rows[..., :past], rows[..., start : start + new]], -1)
 
 
-def _attention(
-    cache: Cache,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    layer = cache.layers[int(module.layer_idx)] if hasattr(module, "layer_idx") else None  # type: ignore[arg-type]
+def _reading(cache: Cache, call: Attending) -> tuple[Tensor, Tensor | None]:
+    layer = cache.layers[int(call.module.layer_idx)] if hasattr(call.module, "layer_idx") else None
     if not isinstance(layer, _SharedLayer):
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return call.by_sdpa()
     for name in UNSUPPORTED:
-        if kwargs.get(name) is not None:
+        if call.options.get(name) is not None:
             raise RotateKError(
                 f"this model's attention uses {name}, which measuring sensitivities does not support; use --allocation uniform"
             )
-    return layer.attend(query, key, value, attention_mask, scaling if scaling is not None else query.shape[-1] ** -0.5), None
+    return layer.attend(call.query, call.key, call.value, call.mask, call.scaling), None
 
 
 @contextmanager
@@ -159,7 +148,7 @@ def rereading(model: Any, stored: Any, cuts: int, replaced: Mapping[int, Sequenc
         else:
             layers.append(_SharedLayer(layer.keys, layer.values, replaced.get(index, ()), cuts, masks))
     cache = Cache(layers=layers)
-    with attended_by(model, NAME, partial(_attention, cache)):
+    with attended_by(model, NAME, partial(_reading, cache)):
         yield cache
 
 

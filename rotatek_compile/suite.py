@@ -111,8 +111,19 @@ def over_calibrations(measured: Sequence[Measured]) -> list[Measured]:
         entry = one.entry
         wanted = (entry.requested_budget, entry.key_budget, entry.keep_ratio) if entry.calibrated else (entry.setting,)
         groups.setdefault((one.ask, entry.method, entry.axis, *wanted), []).append(one)
-    most = max(map(len, groups.values()), default=1)
-    return [_together(same) if len(same) == most > 1 else same[0] for same in groups.values()]
+    most = max((len(_calibrations(same)) for same in groups.values()), default=1)
+    found: list[Measured] = []
+    for same in groups.values():
+        numbers = _calibrations(same)
+        if len(numbers) < len(same):  # one calibration has several: they differ in more
+            found += same
+        else:
+            found.append(_together(same) if len(numbers) == most > 1 else same[0])
+    return found
+
+
+def _calibrations(same: Sequence[Measured]) -> set[int]:
+    return {one.entry.calibration for one in same}
 
 
 def _together(same: Sequence[Measured]) -> Measured:

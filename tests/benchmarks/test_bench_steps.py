@@ -11,7 +11,7 @@ import torch
 from bench_full_size import llava_next, random_model
 from bench_steps import Saved, point_of, qwen3_vl_4b, row_bytes, row_of
 from print_decode import read, steps_table
-from step_caches import DENSE, FixedLayer, artifact_of, attended_by, fill_many, fill_ours, random_kv
+from step_caches import DENSE, FixedLayer, artifact_of, dense_attention, fill_many, fill_ours, random_kv
 from step_loops import Bench, NotCapturedError, TooLongError, at_most
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
@@ -21,6 +21,7 @@ from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.kernels.table import KEY, KIND, LENGTH, OFFSET, Kind
 from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.enable import enable
+from rotatek_compile.text_attention import attended_by
 
 PLAN = ((0, 16, 0), (0, 32, 0))
 
@@ -40,7 +41,7 @@ def test_the_dense_baseline_is_a_stock_step(model):
         stock.update(keys[:, :, :-1], values[:, :, :-1], i)
     places = torch.full((2, 1), 39)
     expected = model(input_ids=bench.ids, position_ids=places, past_key_values=stock, use_cache=True).logits
-    with attended_by(model):
+    with attended_by(model, DENSE, dense_attention, masked=False):
         assert model.config.get_text_config()._attn_implementation == DENSE
         fixed = Cache(layers=[FixedLayer(keys.clone(), values.clone()) for keys, values in kv])
         got = model(input_ids=bench.ids, position_ids=places, past_key_values=fixed, use_cache=True).logits

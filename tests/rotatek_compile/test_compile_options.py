@@ -156,7 +156,7 @@ def test_simple_knobs(compile_with, key, value):
 
 
 def test_too_small_a_budget_is_refused_before_weights_are_loaded(compile_with, monkeypatch):
-    monkeypatch.setattr("rotatek_compile.compiler.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("rotatek_compile.compile_inputs.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match="--kv-budget 0.001 is too small: .* take 0.001953 of its dense bytes"):
         compile_with(kv_budget=0.001)
 

@@ -207,7 +207,7 @@ def test_recovery_trains_attention_and_nothing_else(wide, data_file, tmp_path, m
 
 
 def test_recovery_needs_its_package(wide, data_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("rotatek_compile.compile_rap.load_model", None)
+    monkeypatch.setattr("rotatek_compile.compile_inputs.load_model", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RotateKError, match="--recover trains adapters with the package peft"):
         compile_artifact(CompileOptions(model=str(wide), calib=str(data_file), output=tmp_path / "o", method="rap", recover=3, **SMALL))
@@ -233,14 +233,14 @@ def test_recovery_needs_its_package(wide, data_file, tmp_path, monkeypatch):
     ],
 )
 def test_options_refused(wide, data_file, tmp_path, untouched, monkeypatch, options, words):
-    monkeypatch.setattr("rotatek_compile.compile_rap.load_model", None)
+    monkeypatch.setattr("rotatek_compile.compile_inputs.load_model", None)
     with pytest.raises(UsageError, match=words):
         compile_artifact(CompileOptions(model=str(wide), calib=str(data_file), output=tmp_path / "out", device="cpu", **options))
     untouched(tmp_path)
 
 
 def test_models_refused(data_file, tmp_path, monkeypatch, wide):
-    monkeypatch.setattr("rotatek_compile.compile_rap.load_model", None)
+    monkeypatch.setattr("rotatek_compile.compile_inputs.load_model", None)
     folder = builders.build("qwen3-vl", tmp_path / "qwen3-vl")
     with pytest.raises(RotateKError, match="does not support text model 'qwen3_vl_text': q/k-norm divides"):
         compile_artifact(CompileOptions(model=str(folder), calib=str(data_file), output=tmp_path / "out", method="rap", **SMALL))

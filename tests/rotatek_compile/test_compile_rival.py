@@ -101,7 +101,7 @@ def test_words_and_dry_run(cli, checkpoint, data_file, small_run, tmp_path):
     ],
 )
 def test_refused_before_any_work(checkpoint, data_file, tmp_path, untouched, monkeypatch, options, words):
-    monkeypatch.setattr("rotatek_compile.compiler.load_model", None)
+    monkeypatch.setattr("rotatek_compile.compile_inputs.load_model", None)
     with pytest.raises(UsageError, match=words):
         compile_artifact(CompileOptions(model=str(checkpoint), calib=str(data_file), output=tmp_path / "out", device="cpu", **options))
     untouched(tmp_path)

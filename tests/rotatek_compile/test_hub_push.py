@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rotatek_compile import compiler, hub_push, weights
+from rotatek_compile import compile_inputs, hub_push, weights
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.hub import locate
 
@@ -124,7 +124,7 @@ def test_push_is_refused_before_any_work(server, compiled, checkpoint, data_file
         monkeypatch.setenv("HF_TOKEN", token)
     assert words in cli("push", compiled, repo, *options).sentence()
     if "--create-pr" not in options:
-        monkeypatch.setattr(compiler, "load_model", None)  # work would begin with it
+        monkeypatch.setattr(compile_inputs, "load_model", None)  # work would begin with it
         told = cli("compile", "--model", checkpoint, "--calib", data_file, "-o", tmp_path / "out", "--push-to-hub", repo, *options)
         assert words in told.sentence() and not (tmp_path / "out").exists()
     assert set(server.repos) == {"lab/public", "museum/theirs"} and not server.called("POST", "commit")

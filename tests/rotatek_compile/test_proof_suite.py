@@ -190,6 +190,13 @@ def test_calibrations_are_pooled():
     assert against.low < against.ratio < against.high
 
 
+def test_rows_of_one_calibration_are_never_pooled_nor_lost():
+    same = [measured("rotatek", setting, [1.0, 2.0], ours=True) for setting in ("as it is", "without fallback")]
+    assert over_calibrations(same) == same
+    other = measured("rotatek", "as it is", [3.0, 4.0], 1, ours=True)
+    assert over_calibrations([*same, other]) == [*same, other]
+
+
 def test_the_interval_knows_of_calibrations():
     """All documents alike: what varies is calibration alone, and a pooled interval of documents would be a point."""
     one = pooled([row([1.0] * 20), row([2.0] * 20), row([6.0] * 20)])
