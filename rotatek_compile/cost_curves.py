@@ -32,8 +32,8 @@ TRUST, SHRUNK = 0.75, 0.35
 """How the cuts of few documents (36) are read. Few documents see few of the ways in which answers go wrong: a head that none of them minds
 is not one that costs nothing, so the mean over all heads has the weight `SHRUNK` in each head's log KL. And a mean is too hopeful about
 cuts that no document minded: `TRUST` takes log KL part of the way to what the head would cost if its KL at nothing fell in proportion to
-the distortion. Found on the bundled models: of fourteen readings at four points (1/8 to 1/32) this one's plans had 0.04 to 1.0 of the KL, on
-300 unseen documents, of those that take measured KL as it is (1, 0.2), and none did better at every point (docs/codec.md)."""
+the distortion. Found on the bundled models: of fourteen readings at four points (1/8 to 1/32) this one's plans had 0.04 to 1.0 of the KL,
+on 300 unseen documents, of those that take measured KL as it is (1, 0.2), and none did better at every point (docs/codec.md)."""
 
 READINGS = ((1.0, 0.2), (1.0, 0.5), (0.5, 0.0))
 """Other readings, (trust, shrunk) of `curves_of`, for further starts of a search: measures as they are, spread further, not spread."""
