@@ -30,7 +30,6 @@ import numpy as np
 from measuring import Rows, add_run_options, add_table_options, ended, opened, record_of, show_table, versions
 from PIL import Image, ImageOps
 from shards import Shard, Values, read_values
-from sure_answers import SureEvaluator
 
 from rotatek_compile.api import base_source, load_base
 from rotatek_compile.artifact import read_artifact
@@ -38,7 +37,7 @@ from rotatek_compile.batches import end_ids, rope_index
 from rotatek_compile.calibration_data.sample import Sample
 from rotatek_compile.documents import Documents, usable
 from rotatek_compile.errors import UsageError
-from rotatek_compile.evaluate import evaluate
+from rotatek_compile.evaluate import Evaluator, evaluate
 from rotatek_compile.methods import ARTIFACT, DENSE
 from rotatek_compile.names import ASK
 from rotatek_compile.outcomes import Row, exact_match_loss
@@ -142,7 +141,7 @@ def measure(args: argparse.Namespace) -> Values:
     places = usable(data, args.samples, artifact.geometry.text_only)
     model, processor = load_base(artifact, model=args.model, dtype=args.dtype, device=args.device)
     eos, rope = end_ids(model), rope_index(model)
-    evaluator = SureEvaluator(model, processor, args.ask, eos, args.max_new_tokens)
+    evaluator = Evaluator(model, processor, args.ask, eos, args.max_new_tokens)
     record = record_of(base_source(artifact, args.model), args.data, evaluator.device, evaluator.dtype)
     record |= {"budget": artifact.method.kv_budget or ""}
     with enable(model, artifact, backend=args.backend, fallback=not args.no_fallback) as active:

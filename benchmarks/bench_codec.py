@@ -30,7 +30,6 @@ from typing import Any
 from codec_variants import BASE, GROUPS, Variant, ablations, curve, escapes, some_groups
 from measuring import add_run_options, ended, opened, write_csv
 from shards import Shard, Values, by_run, read_values
-from sure_answers import SureEvaluator
 
 from rotatek_compile.api import base_source, load_base
 from rotatek_compile.artifact import read_artifact
@@ -38,7 +37,7 @@ from rotatek_compile.batches import end_ids, rope_index
 from rotatek_compile.comparison import SLACK, against_rivals
 from rotatek_compile.documents import Documents, usable
 from rotatek_compile.errors import RotateKError
-from rotatek_compile.evaluate import evaluate
+from rotatek_compile.evaluate import Evaluator, evaluate
 from rotatek_compile.methods import DENSE, OWN_BUDGETS, Entry, Methods, distinct
 from rotatek_compile.names import ASK, OURS, RIVAL_NAMES
 from rotatek_compile.outcomes import Row, kl_ratio
@@ -141,7 +140,7 @@ def measure(args: argparse.Namespace) -> Values:
     model, processor = load_base(artifact, model=args.model, dtype=args.dtype, device=args.device)
     eos = end_ids(model)
     items = Documents(data, places, processor, artifact.geometry, eos[0], rope_index(model))
-    evaluator = SureEvaluator(model, processor, args.ask, eos, args.max_new_tokens)
+    evaluator = Evaluator(model, processor, args.ask, eos, args.max_new_tokens)
     with enable(model, artifact, backend=args.backend) as active:
         lines = list(lines_of(args, active))
         same = {"seed": args.seed, "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "backend": active.backend.name}

@@ -2,11 +2,13 @@
 
     python benchmarks/bench_plans.py --output benchmarks/results                                       # both bundled models, on a GPU
     python benchmarks/bench_plans.py --models tiny-llava-next --budgets 0.0625 --plans 8 --documents 9 --num-samples 16   # on a CPU
+    python benchmarks/bench_plans.py --artifact ARTIFACT --budgets 0.125 --documents 504 --skip 504        # an hour on a core
 
-For each model it measures what a compile measures, and for each budget it plans as a compile plans (cuts, then a check of the whole plan
-and swaps). Random plans spend the same budget on KLs that are wrong by random factors per head (`allocate.random_plan`), from nearly right
-to blind. KL per answer token of all of them is measured on documents of the evaluation split. The rank correlation of predicted and
-measured KL is Spearman's, over the random plans alone; its interval resamples documents and plans.
+For each model it measures what a compile measures, or takes it from an artifact of so many calibration documents, and for each budget it
+plans as a compile plans (cuts, then a check of the whole plan and swaps). Random plans spend the same budget on KLs that are wrong by
+random factors per head (`allocate.random_plan`), from nearly right to blind. KL per answer token of all of them is measured on documents
+of the evaluation split. The rank correlation of predicted and measured KL is Spearman's, over the random plans alone; its interval
+resamples documents and plans.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ import torch
 import transformers
 
 from rotatek_compile.allocate import random_plan
+from rotatek_compile.api import base_source
+from rotatek_compile.artifact import Artifact, read_artifact
+from rotatek_compile.bases import Basis
 from rotatek_compile.batches import Encoded, end_ids, rope_index
 from rotatek_compile.calibrate import MomentStore, calibrate
 from rotatek_compile.calibration_data.registry import open_data
@@ -40,6 +45,7 @@ from rotatek_compile.geometry import Geometry
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, load_model, load_processor, resolve
 from rotatek_compile.plan import SIDES, Plan
 from rotatek_compile.planning import Costs, searches_of_bytes
+from rotatek_compile.replan import costs_of
 from rotatek_compile.sensitivity import JointCheck, levels_for, measure
 from rotatek_compile.statistics import Bootstrap
 from rotatek_compile.whole_plans import kl_of_plans
@@ -140,6 +146,47 @@ def figures(drawn: Sequence[Drawn], measured: np.ndarray, tokens: np.ndarray) ->
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What plans of one model are made from."""
+
+    cutter: Cutter
+    costs: Costs
+    check: JointCheck
+
+
+def known_of(model: Any, geometry: Geometry, seen: Documents, pad_id: int, artifact: Artifact | None, args: argparse.Namespace) -> Known:
+    """Measured on calibration documents as a compile does it, or what a compile wrote down; whole plans are checked on the same ones."""
+    used, read, checked = shared_out(seen, args.sensitivity_samples)
+    rows = geometry.rows_at_once(args.batch_size)
+    if artifact is not None:
+        bases = bases_in(artifact)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            moments = calibrate(model, used, geometry, MomentStore({}, Path(scratch)), args.batch_size, False, pad_id, quiet=True)
+        bases = bases_of(moments, geometry, "two-sided", "text" if geometry.text_only else "visual")
+    cutter = Cutter(model, geometry, bases["key"], geometry.text_only, bases["value"])
+    if artifact is not None:
+        costs = costs_of(artifact)
+    else:
+        levels = levels_for(max(geometry.layers[i].head_dim for i in geometry.compressible))
+        measured = measure(cutter, read, levels, True, rows)
+        spectra = {side: {i: basis.spectrum for i, basis in bases[side].items()} for side in SIDES}
+        costs = Costs.of(geometry, levels, {"key": measured.key, "value": measured.value}, spectra)
+    return Known(cutter, costs, JointCheck(cutter, prefilled(cutter, checked or read, rows)))
+
+
+def bases_in(artifact: Artifact) -> dict[str, dict[int, Basis]]:
+    """Calibrated bases by side and layer, as an artifact has them: without `decode`, which is the inverse of `encode`, transposed."""
+    kind, found = artifact.method.kinds[0], {side: dict[int, Basis]() for side in SIDES}
+    for side in SIDES:
+        for i in artifact.geometry.compressible:
+            encode = artifact.tensors[f"layers.{i}.{kind}.{side}_encode"].double()
+            spectrum = artifact.tensors[f"layers.{i}.{kind}.{side}_spectrum"].double()
+            found[side][i] = Basis(encode.float(), torch.linalg.inv(encode).mT.float(), spectrum)
+    return found
+
+
 def run_model(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows for the table and figures by budget of one model."""
     clock = {"start": time.perf_counter()}
@@ -148,34 +195,22 @@ def run_model(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]]
         now = time.perf_counter()
         clock[what], clock["start"] = now - clock["start"], now
 
-    source = resolve(name)
+    artifact = read_artifact(args.artifact) if args.artifact else None
+    source = base_source(artifact, None) if artifact else resolve(name)
     config = load_config(source)
     geometry, device = checked_geometry(config), choose_device(args.device)
     model, processor = load_model(source, choose_dtype(args.dtype, config, device), device), load_processor(source)
-    images = not geometry.text_only
     eos, rope = end_ids(model)[0], rope_index(model)
 
     def documents(split: str, count: int) -> Documents:
-        data = open_data(args.data, split, args.seed, images=images)
+        data = open_data(args.data, split, args.seed, images=not geometry.text_only)
         return Documents(data, usable(data, count, geometry.text_only), processor, geometry, eos, rope)
 
-    pad_id = processor.tokenizer.pad_token_id or 0
-    used, read, checked = shared_out(documents("calibration", args.num_samples), args.sensitivity_samples)
-    with tempfile.TemporaryDirectory() as scratch:
-        moments = calibrate(model, used, geometry, MomentStore({}, Path(scratch)), args.batch_size, False, pad_id, quiet=True)
-    kind = "visual" if images else "text"
-    bases = bases_of(moments, geometry, "two-sided", kind)
-    lap("moments")
-    cutter = Cutter(model, geometry, bases["key"], geometry.text_only, bases["value"])
-    rows = geometry.rows_at_once(args.batch_size)
-    levels = levels_for(max(geometry.layers[i].head_dim for i in geometry.compressible))
-    measured = measure(cutter, read, levels, True, rows)
-    lap("sensitivities")
-    spectra = {side: {i: basis.spectrum for i, basis in bases[side].items()} for side in SIDES}
-    costs = Costs.of(geometry, levels, {"key": measured.key, "value": measured.value}, spectra)
-    check = JointCheck(cutter, prefilled(cutter, checked or read, rows))
-    drawn = [one for budget in args.budgets for one in plans_of(geometry, costs, check, budget, args.plans, args.seed)]
-    del check
+    known = known_of(model, geometry, documents("calibration", args.num_samples), processor.tokenizer.pad_token_id or 0, artifact, args)
+    lap("measuring")
+    cutter, rows = known.cutter, geometry.rows_at_once(args.batch_size)
+    drawn = [one for budget in args.budgets for one in plans_of(geometry, known.costs, known.check, budget, args.plans, args.seed)]
+    del known  # the prefilled documents of the check
     lap("planning")
     unseen = documents("evaluation", args.skip + args.documents)[args.skip :]
     kl, tokens = measured_on(cutter, unseen, [one.plan for one in drawn], rows)
@@ -214,6 +249,7 @@ def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny-llava-next", "tiny-qwen3-vl"], help="aliases, paths or Hub ids")
+    parser.add_argument("--artifact", type=Path, help="instead of --models: one that was compiled for a KV budget, of as many documents")
     parser.add_argument("--data", default="mixed")
     parser.add_argument("--num-samples", type=int, default=144, help="calibration documents")
     parser.add_argument("--sensitivity-samples", type=int, default=36, help="of them, documents on which heads are cut")
@@ -227,6 +263,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
+    if args.artifact:
+        args.models = [str(read_artifact(args.artifact).base_model["id"])]
     device = choose_device(args.device)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),

@@ -32,7 +32,7 @@ from .scores import anls, exact_match, score
 class Answered:
     """One batch through one method: fp64 log-probabilities [answer tokens, vocabulary] per sample, generated ids, bytes.
 
-    `tokens`: real tokens each sample has in the cache.
+    tokens: real tokens each sample has in the cache with its reference answer, at which the bytes are counted (the last is never fed).
     """
 
     logprobs: list[Tensor]
@@ -115,12 +115,28 @@ class Evaluator:
         return prefix, [item.prompt[c:] for item, c in zip(items, cut, strict=True)]
 
     def _answer(self, prefilled: Prefilled, cache: Cache) -> Answered:
-        items, prefix, rest, first = prefilled.items, prefilled.chunk, prefilled.rest, prefilled.logits
-        logprobs = self._forced(prefilled, copy.deepcopy(cache))
-        generated = self._greedy(items, rest, prefix, cache, first)
-        lengths = zip(prefix.mask.sum(1).tolist(), rest, generated, strict=True)
-        tokens = [n + len(r) + max(len(g) - 1, 0) for n, r, g in lengths]  # the last token is never fed back
-        return Answered(logprobs, generated, bytes_of(self.model, cache, sum(tokens)), tokens)
+        """Teacher-forced, then generated where that does not tell already what would be.
+
+        A greedy answer equals the reference exactly if, given the reference, the likeliest token is its next one at each place, its end
+        included. All methods are counted with the same tokens in the cache: those of the reference answers.
+        """
+        items, prefix, rest = prefilled.items, prefilled.chunk, prefilled.rest
+        read = copy.deepcopy(cache)
+        logprobs = self._forced(prefilled, read)
+        tokens = [n + len(r) + len(item.answer) - 1 for n, r, item in zip(prefix.mask.sum(1).tolist(), rest, items, strict=True)]
+        sizes = bytes_of(self.model, read, sum(tokens))
+        del read
+        generated = [item.answer[: self.max_new_tokens] for item in items]
+        open_rows = [row for row, own in enumerate(logprobs) if own.argmax(-1).tolist() != items[row].answer]
+        if open_rows:
+            cache = copy.deepcopy(cache)  # what was said of the whole batch stays with the caller's
+            if len(open_rows) < len(items):
+                cache.batch_select_indices(prefilled.logits.new_tensor(open_rows).long())
+            some = Chunk(prefix.ids[open_rows], prefix.mask[open_rows])
+            asked, first = [items[row] for row in open_rows], prefilled.logits[open_rows]
+            for row, own in zip(open_rows, self._greedy(asked, [rest[row] for row in open_rows], some, cache, first), strict=True):
+                generated[row] = own
+        return Answered(logprobs, generated, sizes, tokens)
 
     def _forced(self, prefilled: Prefilled, cache: Cache) -> list[Tensor]:
         """Log-probabilities of every reference answer, its end included; the cache takes the question and the answers."""
