@@ -32,7 +32,7 @@ def row(bench, way, repairs, trained, kl, perplexity):
         "torch": "2",
         "transformers": "5",
         "recover": "9",
-        "rate": "0.001",
+        "rates": "0.001",
     }
     own = {"keep_ratio": "0.7", "way": way, "repairs": repairs, "trained": str(trained), "documents": "3", "exact_match": "0.5"}
     return shared | own | {"kl": str(kl), "kl_low": "0.1", "kl_high": "2", "perplexity": str(perplexity)}
@@ -45,7 +45,7 @@ def test_how_far_a_row_goes(bench):
         row(bench, "logit / sensitivity", "factors+values+outputs", 0, 0.4, math.exp(2.5)),
     ]
     found = bench.lines(rows)
-    assert found[0] == "m, 3 documents of d, cpu, float32, torch 2, transformers 5, recovery of 9 steps at 0.001"
+    assert found[0] == "m, 3 documents of d, cpu, float32, torch 2, transformers 5, recovery of 9 steps at the best of 0.001"
     assert [line.split("|")[-2].strip() for line in found[-3:]] == ["0.00, 0.00", "1.00, 1.00", "0.75, 1.50"]
     assert [line.split("|")[3].strip() for line in found[-3:]] == ["-", "-", "all"]
     assert found[-2].split("|")[4].strip() == "yes"

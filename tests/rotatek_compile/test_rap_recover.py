@@ -10,13 +10,16 @@ from test_rap_reading import random_layer
 from rotatek_compile.compile_rap import pruned_copy
 from rotatek_compile.errors import RotateKError
 from rotatek_compile.rap_plan import RapPlan
-from rotatek_compile.rap_recover import _loss, recover, schedule
+from rotatek_compile.rap_recover import _distance, _loss, recover, schedule
 
 OPTIONS = {"batch_size": 4, "pad_id": 0, "quiet": True}
 
 
-def pruned_pair():
+def pruned_pair(sharp=1.0):
+    """A model, what pruning at random makes of it, and their geometry; `sharp` multiplies the logits, so that there is more to lose."""
     model, geometry = small_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharp)
     plan = RapPlan({i: random_layer(shape, 4, 8, 40, i) for i, shape in enumerate(geometry.layers)})
     return model, pruned_copy(model, plan, geometry), geometry
 
@@ -26,16 +29,21 @@ def loss(model, pruned, items, geometry):
         return float(_loss(pruned, model, items, geometry, 0))
 
 
+def distance(model, pruned, items, geometry):
+    return _distance(pruned, model, items, 4, geometry, 0)
+
+
 @pytest.mark.parametrize("taught", [True, False])
 def test_training_brings_the_pruned_model_nearer(taught):
     pytest.importorskip("peft")
-    model, pruned, geometry = pruned_pair()
-    items = documents(8)
+    model, pruned, geometry = pruned_pair(sharp=20.0 if taught else 1.0)
+    items = [*documents(7), documents(3)[2]]  # the held-out one is of what the others are of
     teacher = model if taught else None
     before, shapes = loss(teacher, pruned, items, geometry), {name: p.shape for name, p in pruned.named_parameters()}
     old = {name: p.clone() for name, p in pruned.named_parameters()}
-    recover(pruned, teacher, items, 25, geometry=geometry, rate=1e-2, **OPTIONS)
+    first, last = recover(pruned, teacher, items, 25, geometry=geometry, rate=1e-2, **OPTIONS)
     assert loss(teacher, pruned, items, geometry) < before - 0.1
+    assert last < first and last == pytest.approx(distance(teacher, pruned, items[7:], geometry), rel=1e-3)  # the last is held out
     assert {name: p.shape for name, p in pruned.named_parameters()} == shapes  # merged: no adapter is left
     changed = {name.split(".")[-2] for name, p in pruned.named_parameters() if not torch.equal(p, old[name])}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -48,6 +56,26 @@ def test_no_step_changes_nothing():
     before = {name: p.clone() for name, p in pruned.named_parameters()}
     recover(pruned, model, documents(2), 0, geometry=geometry, **OPTIONS)
     assert all(torch.equal(p, before[name]) for name, p in pruned.named_parameters())
+
+
+def test_what_brings_it_no_nearer_is_left_out():
+    """At a rate that destroys the model, and where there is nothing to recover."""
+    pytest.importorskip("peft")
+    model, pruned, geometry = pruned_pair()
+    before = {name: p.clone() for name, p in pruned.named_parameters()}
+    first, last = recover(pruned, model, documents(8), 6, geometry=geometry, rate=50.0, **OPTIONS)
+    assert first == last > 0
+    assert all(torch.equal(p, before[name]) for name, p in pruned.named_parameters())
+
+
+def test_how_far_a_model_is(monkeypatch):
+    model, pruned, geometry = pruned_pair()
+    items = documents(5)
+    alone = [distance(model, pruned, [item], geometry) for item in items]
+    tokens = [len(item.prompt) + len(item.answer) - 1 for item in items]
+    mean = sum(a * n for a, n in zip(alone, tokens, strict=True)) / sum(tokens)
+    assert distance(model, pruned, items, geometry) == pytest.approx(mean, rel=1e-4) and min(alone) > 0
+    assert distance(model, model, items, geometry) == pytest.approx(0, abs=1e-6)
 
 
 def test_what_is_refused(monkeypatch):
