@@ -139,6 +139,8 @@ class RotateKCache(Cache):
 
         Returns:
             fallback_heads: (sequence, head, segment) triples whose Keys or Values kept more than planned.
+            refreshes: how often the text of a sequence left the coordinates that it had been written in, over all layers; each takes a mean
+            and scales beyond a KV budget.
             angle, calibrated_angle: degrees between the Keys and the directions that the plan keeps, in the median head, here and on the
             calibration data; None where nothing is rotated.
             deviation, usual_deviation: how unlike the calibration documents the most unlike image is, and how much is usual among them, in
@@ -147,7 +149,8 @@ class RotateKCache(Cache):
             layers: per layer and KV head the fallbacks, the worst error of Keys and of Values over what calibration expected
             (`key_error_over_expected`, `value_error_over_expected`), and `key_angle`.
         """
-        return stats(self._monitors())
+        blocks = [layer.blocks for layer in self.layers if isinstance(layer, RotateKLayer)]
+        return stats(self._monitors(), sum(one.opened for one in blocks if one is not None))
 
     def _monitors(self) -> dict[int, tuple[PreparedLayer, Monitor]]:
         layers = [layer for layer in self.layers if isinstance(layer, RotateKLayer) and layer.is_initialized and layer.prepared.kinds]

@@ -105,7 +105,8 @@ def compact(store: Store) -> None:
     named = [*store.written_in(), *(fields for pair in store.first.values() for fields in pair)]  # what later segments may name again
     sides += [fields for side in named for fields in side]
     means, bases, scales = _Moved(store.own_means), _Moved(store.own_bases), _Moved(store.scales)
-    shared = {number: (start, scales.place(start, store.heads * store.dim)) for number, start in store.calibrated.items()}
+    sizes = {number: int(store.prepared.side(number).scale_starts[-1]) for number in store.calibrated}
+    shared = {number: (start, scales.place(start, sizes[number])) for number, start in store.calibrated.items()}
     for side in sides:
         if side[OWN_MEAN] != NONE:
             side[OWN_MEAN] = means.place(int(side[OWN_MEAN]), store.dim)
@@ -113,7 +114,7 @@ def compact(store: Store) -> None:
             side[BASIS] = own_basis(bases.place(own_basis(int(side[BASIS])), int(side[STRIDE]) * store.dim))
         if side[BASIS] != NONE and _slabs(side).scaled:
             at = int(side[SCALES])
-            moved = [new + at - old for old, new in shared.values() if old <= at < old + store.heads * store.dim]
+            moved = [new + at - old for number, (old, new) in shared.items() if old <= at < old + sizes[number]]
             side[SCALES] = moved[0] if moved else scales.place(at, _slabs(side).scaled)
     store.own_means, store.own_bases, store.scales = means.pool(), bases.pool(), scales.pool()
     store.calibrated = {number: new for number, (_, new) in shared.items()}

@@ -135,7 +135,7 @@ def drift_of(layers: dict[int, tuple[PreparedLayer, Monitor]]) -> tuple[float, f
     return drift([pair for prepared, monitor in layers.values() for pair in monitor.beyond(prepared, next(iter(prepared.kinds)))])
 
 
-def stats(layers: dict[int, tuple[PreparedLayer, Monitor]]) -> dict[str, Any]:
+def stats(layers: dict[int, tuple[PreparedLayer, Monitor]], refreshes: int = 0) -> dict[str, Any]:
     """What the monitors of a cache say, as plain numbers; described in `RotateKCache.stats`."""
     rows, fallback = [], 0
     for index, (_, monitor) in layers.items():
@@ -153,6 +153,7 @@ def stats(layers: dict[int, tuple[PreparedLayer, Monitor]]) -> dict[str, Any]:
     found, deviation = drift_of(layers), deviation_of(layers)
     return {
         "fallback_heads": fallback,
+        "refreshes": refreshes,
         "angle": found[0] if found else None,
         "calibrated_angle": found[1] if found else None,
         "deviation": deviation[0] if deviation else None,

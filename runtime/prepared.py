@@ -50,6 +50,16 @@ class SideBasis:
     usual: tuple[float, ...]
     angles: np.ndarray | None
 
+    @property
+    def scale_starts(self) -> np.ndarray:
+        """Where in `kept_scales` each head's begin, and where the last one's end: int64 [H + 1]."""
+        return np.cumsum([0, *(0 if slabs.native == self.encode.shape[-1] else slabs.rank for slabs in self.slabs)])
+
+    def kept_scales(self) -> Tensor:
+        """What a cache keeps of `plan_scales` once something is written in them: bf16 [N], of each head those of its plan's directions."""
+        sizes = np.diff(self.scale_starts).tolist()
+        return torch.cat([scales[:size] for scales, size in zip(self.plan_scales, sizes, strict=True)])
+
 
 @dataclass(frozen=True, slots=True)
 class KindBasis:
@@ -79,6 +89,10 @@ class PreparedLayer:
     bases: Tensor
     means: Tensor
     tokens_per_own: float = 0.0
+
+    def side(self, number: int) -> SideBasis:
+        """The side with this number."""
+        return next(side for kind in self.kinds.values() for side in kind.sides if side.number == number)
 
     def __deepcopy__(self, memo: dict[int, object]) -> PreparedLayer:
         return self  # a copied cache goes on sharing the artifact

@@ -2,7 +2,7 @@
 
 A file is safetensors: the tensors of every layer (saved_layer.py), and in its metadata under `rotatek_cache` a SHA-256, a blank, and JSON:
 
-    format_version, tool    1, who wrote it
+    format_version, tool    2, who wrote it
     artifact                SHA-256 of what the codes mean: `calibration` (means, bases, spectra), `plan`, `method`, `geometry`
     weights                 SHA-256 of a few numbers of every weight of the model that read the tokens, or null
     dtype, length, tail     compute dtype; tokens seen, padding included; newest tokens that may still be cropped
@@ -40,7 +40,7 @@ from .saved_layer import LayerState, layer_state, restore_layer
 if TYPE_CHECKING:
     from .enable import enable
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: fewer calibrated scales
 KEY = "rotatek_cache"  # of the file's metadata
 MAX_HEADER = 64 << 20  # bytes of JSON
 MAX_BYTES = 64 << 30
@@ -245,6 +245,8 @@ def _json(data: bytes, where: str, names: bool = True) -> dict[str, Any]:
 def _check_described(described: dict[str, Any], cache: RotateKCache, model: nn.Module, where: str) -> Common:
     version = described.get("format_version")
     refuse(type(version) is int and version >= 1, where, f"format_version is {shown(version)}")
+    if version < FORMAT_VERSION:
+        raise RotateKError(f"{where}: format_version {version} is of an older rotatek-compile; read the document again and save it anew")
     if version > FORMAT_VERSION:
         raise RotateKError(f"{where}: format_version {version} is newer than {FORMAT_VERSION}; upgrade rotatek-compile")
     keys = ("artifact", "weights", "dtype", "length", "tail", "real", "rope_deltas", "layers", "document")

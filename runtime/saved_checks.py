@@ -190,8 +190,9 @@ def check_state(state: LayerState, prepared: PreparedLayer, common: Common, wher
     capacity, longest = tensors["window"].shape[3], int(tensors["window_lengths"].max())
     refuse(longest == capacity, where, f"the longest window holds {longest} tokens, its buffer {capacity}")
     for number, start in numbers["calibrated"]:
-        room = tensors["scales"].numel() - prepared.geometry.kv_heads * prepared.geometry.head_dim
-        refuse(number in _numbers(prepared) and start % UNIT == 0 and start <= room, where, f"calibrated scales stand at {start}")
+        good = number in _numbers(prepared) and start % UNIT == 0
+        good = good and start + prepared.side(number).scale_starts[-1] <= tensors["scales"].numel()
+        refuse(good, where, f"calibrated scales stand at {start}")
     _check_table(state, prepared, common, where)
     for row, kind in numbers["first"]:
         for side in SIDES:

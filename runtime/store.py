@@ -66,7 +66,7 @@ class Store:
         self.window = Window(batch, heads, dim, dtype, device)
         self.written_in: Callable[[], list[np.ndarray]] = list  # fields of `place` that more segments are to be written with
         self.first: dict[tuple[int, str], list[np.ndarray]] = {}  # (row, token kind) -> fields of the first segment with its own parts
-        self.calibrated: dict[int, int] = {}  # `SideBasis.number` -> start of its calibrated scales, once they are needed
+        self.calibrated: dict[int, int] = {}  # `SideBasis.number` -> start of its `kept_scales`, once they are needed
         self._last_id = 0
         self._pending: list[Tensor] = []
         self._end = 0  # bytes of the pool with what is pending
@@ -136,7 +136,7 @@ class Store:
         scaled = [h for h in coded if where.slabs[h].scaled]
         firsts = [where.slabs[h].native for h in scaled]
         if scaled and where.calibrated_scales:
-            fields[scaled, SCALES] = self._shared_scales(basis, scales) + np.array(scaled) * self.dim + firsts
+            fields[scaled, SCALES] = self._shared_scales(basis) + basis.scale_starts[scaled] + firsts
         elif scaled:
             parts = [scales[h, first : where.slabs[h].rank] for h, first in zip(scaled, firsts, strict=True)]
             sizes = np.cumsum([0, *(part.numel() for part in parts[:-1])])
@@ -180,9 +180,9 @@ class Store:
         setattr(self, pool, torch.cat([old, part.reshape(-1).to(old.dtype)]))
         return old.numel()
 
-    def _shared_scales(self, basis: SideBasis, scales: Tensor) -> int:
+    def _shared_scales(self, basis: SideBasis) -> int:
         if basis.number not in self.calibrated:
-            self.calibrated[basis.number] = self._append("scales", scales)
+            self.calibrated[basis.number] = self._append("scales", basis.kept_scales())
         return self.calibrated[basis.number]
 
     def new_id(self) -> int:

@@ -92,7 +92,7 @@ def test_damaged_files(model, store, tmp_path):
             assert refusal(damaged, model, enabled) is not None, f"case {case}, byte {place}"
 
 
-CACHES = [b"3", b'"x {"', b'"x [1]"', b'"x {}"', b'"{}"', rb'"x {\"format_version\": 2}"', rb'"x {\"format_version\": true}"']
+CACHES = [b"3", b'"x {"', b'"x [1]"', b'"x {}"', b'"{}"', rb'"x {\"format_version\": 3}"', rb'"x {\"format_version\": true}"']
 METADATA = [b"3", *(b'{"rotatek_cache": %s}' % value for value in CACHES)]
 HEADERS = [b"", b"{}", b"[]", b"null", b"[" * 5000, b'{"a": 1, "a": 1}', *(b'{"__metadata__": %s}' % value for value in METADATA)]
 

@@ -34,6 +34,7 @@ from rotatek_compile.runtime.text_blocks import TextBlocks
 DIM, HEADS, LAYERS = 32, 2, 3
 RAW = Slabs(DIM)
 PLAN = [HeadPlan(Slabs(8, 8, 16), Slabs(0, 16)), HeadPlan(RAW, Slabs(8))]
+CALIBRATED = (32 + 0, 16 + 8)  # scales of a kind's Keys and Values: one for each direction of the plan
 
 
 @pytest.fixture
@@ -138,10 +139,10 @@ def test_calibrated_scales_are_stored_once(store_of):
         add(store, 0, 20, seed, own_parts=False)
     store.flush()
     assert store.own_means.numel() == 0
-    assert store.scales.numel() == 2 * HEADS * DIM  # of Keys and of Values, whole
+    assert store.scales.numel() == sum(CALIBRATED)
     add(store, 0, 20, 4, own_parts=True)
     store.flush()
-    assert (store.scales.numel(), store.own_means.numel()) == (2 * HEADS * DIM + 40, 96)
+    assert (store.scales.numel(), store.own_means.numel()) == (sum(CALIBRATED) + 40, 96)
 
 
 def test_who_may_have_own_parts(store_of):
@@ -270,6 +271,7 @@ def test_text_in_calibrated_coordinates_takes_nothing_of_its_own(store_of):
     for seed in range(4):
         blocks.write(0, *tokens(64, seed))
     store.flush()
-    assert (store.own_means.numel(), store.own_bases.numel(), store.scales.numel()) == (0, 0, 2 * HEADS * DIM)
-    assert torch.equal(store.scales[: HEADS * DIM], calibrated(store.prepared.kinds["text"].key).scales.flatten())
+    assert (store.own_means.numel(), store.own_bases.numel(), store.scales.numel()) == (0, 0, sum(CALIBRATED))
+    keys, values = (calibrated(side).scales for side in store.prepared.kinds["text"].sides)
+    assert torch.equal(store.scales, torch.cat([keys[0], values[0, :16], values[1, :8]]))
     assert store.code_bytes(Kind.CODED)[0] == 4 * 64 * (32 + 64 + 16 + 16)
