@@ -33,7 +33,7 @@ from rotatek_compile.documents import Documents, usable
 from rotatek_compile.errors import RotateKError, UsageError
 from rotatek_compile.evaluate import Evaluator
 from rotatek_compile.hub import open_artifact
-from rotatek_compile.journal import Journal
+from rotatek_compile.journal import Journal, Shard
 from rotatek_compile.methods import Entry, Methods, distinct
 from rotatek_compile.names import ASK, OURS, TOKEN_METHODS
 from rotatek_compile.outcomes import Row, exact_match_loss
@@ -85,7 +85,7 @@ def entries_of(
 
 
 def measure(artifact: Artifact, args: argparse.Namespace) -> Rows:
-    """Measure what is not in the journal yet; the rows of the table."""
+    """Measure what is not in the journal yet; the rows of the table, none if this is a part of it."""
     source = opened(args.data, args.seed)
     samples = usable(source, args.num_samples, False)
     model, processor = load_base(artifact, model=args.model, dtype=args.dtype, device=args.device)
@@ -101,8 +101,11 @@ def measure(artifact: Artifact, args: argparse.Namespace) -> Rows:
         same = {name: getattr(args, name) for name in ("seed", "max_new_tokens", "batch_size")}
         same |= {"backend": active.backend.name, "fallback": False}
         facts = facts_of(artifact, base_source(artifact, args.model), evaluators[0], source, list(samples.values()), same)
-        with Journal(args.output, facts, asks, [entry.label for entry in entries], batch_sizes(len(items), size), args.resume) as journal:
+        sizes, labels, shard = batch_sizes(len(items), size), [entry.label for entry in entries], Shard.parse(args.shard)
+        with Journal(args.output, facts, asks, labels, sizes, args.resume, shard) as journal:
             measured = run_entries(evaluators, entries, items, size, args.quiet, journal)
+    if shard.count > 1:
+        return []
     return [row for ask in asks for row in table([m for m in measured if m.ask == ask], chosen, facts)]
 
 
@@ -170,6 +173,9 @@ def main() -> int:
     parser.add_argument("artifact", nargs="?")
     parser.add_argument("--output", type=Path, help=f"folder for the journal and {TABLE}")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument(
+        "--shard", default="1/1", metavar="I/N", help="each N-th batch from the I-th; --resume without it puts all together"
+    )
     parser.add_argument("--print", type=Path, dest="tables", metavar="FILE", nargs="+", help="only print these tables")
     parser.add_argument("--num-samples", type=int, default=500)
     parser.add_argument("--ask", action="append", choices=ASK)
@@ -188,7 +194,8 @@ def main() -> int:
     artifact = open_artifact(args.artifact)
     if artifact.method.rival is not None or artifact.geometry.text_only:
         raise RotateKError(f"{args.artifact} has no bases for images; compile one with --method {OURS} for a model that reads them")
-    rows = measure(artifact, args)
+    if not (rows := measure(artifact, args)):
+        return 0
     write_csv(args.output / TABLE, rows, FIELDS)
     print(markdown(rows))
     return 0

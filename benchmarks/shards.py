@@ -16,34 +16,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rotatek_compile.errors import RotateKError, UsageError
+from rotatek_compile import journal
+from rotatek_compile.errors import RotateKError
 from rotatek_compile.outcomes import Outcome, Row
 
 Found = dict[str, list[Outcome]]  # by label, in the order of a batch's documents
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Process `number` of `count`, from 1."""
-
-    number: int = 1
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """From I/N.
-
-        Raises:
-            UsageError: no such thing.
-        """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            raise UsageError(f"--shard {text!r} is not I/N with 1 <= I <= N; pass 1/4, 2/4, 3/4 and 4/4 to four processes")
-        return cls(int(found[1]), int(found[2]))
+class Shard(journal.Shard):
+    """Process `number` of `count`, from 1, and what it reads and writes."""
 
     def batches(self, documents: int, batch_size: int) -> Iterator[tuple[int, slice]]:
         """Numbers of this process's batches among all, and the documents of each."""
-        for number in range(self.number - 1, -(-documents // batch_size), self.count):
+        for number in self.numbers(-(-documents // batch_size)):
             yield number, slice(number * batch_size, min((number + 1) * batch_size, documents))
 
     def file(self, folder: Path, name: str) -> Path:

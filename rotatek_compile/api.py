@@ -16,6 +16,8 @@ from .models import BUNDLED, Source, choose_device, choose_dtype, identity, load
 from .placement import AUTO
 from .weights import checkpoint_files, has_weights
 
+CACHE_OPTIONS = ("kv_budget", "token_method", "token_keep_ratio", "backend")  # a keep ratio would be one of weights, too
+
 
 def base_source(artifact: Artifact, model: str | None = None) -> Source:
     """Where the base weights of an artifact are: `model` if given, else those beside the artifact, else the recorded id and commit.
@@ -103,7 +105,7 @@ def load(
     """Load an artifact with its base weights: `(model, processor)`, on which `model.generate(**inputs)` uses the compressed cache.
 
     An artifact of `--method rap` has weights of its own: they are loaded, with the stock cache, and options that speak of another cache
-    are refused.
+    are refused. One of `--method rap+rotatek` has both: its weights are loaded, with the compressed cache.
 
     Args:
         artifact: directory made by rotatek-compile, `org/name` (or `org/name@revision`) of the Hub, or an `Artifact`.
@@ -131,8 +133,10 @@ def load(
         asked |= {"token_method": token_method, "token_keep_ratio": token_keep_ratio, "backend": None if backend == "auto" else backend}
         refuse_for_pruned(asked, read)
         loaded, processor = load_smaller(read, dtype=dtype, device=device)
-        return dressed(loaded, attn_implementation, adapter), processor
-    loaded, processor = load_base(read, model=model, dtype=dtype, device=device, strict=strict, tensor_parallel=tensor_parallel)
+        if not read.coded:
+            return dressed(loaded, attn_implementation, adapter), processor
+    else:
+        loaded, processor = load_base(read, model=model, dtype=dtype, device=device, strict=strict, tensor_parallel=tensor_parallel)
     loaded = dressed(loaded, attn_implementation, adapter)
     plan = {"keep_ratio": keep_ratio, "kv_budget": kv_budget, "token_method": token_method, "token_keep_ratio": token_keep_ratio}
     enable(loaded, read, backend=backend, fallback=fallback, graphs=graphs, **plan)
@@ -140,7 +144,7 @@ def load(
 
 
 def load_smaller(artifact: Artifact, *, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
-    """The pruned model of an artifact of `--method rap`, and its processor.
+    """The pruned model of an artifact of `--method rap` or `rap+rotatek`, nothing enabled, and its processor.
 
     Raises:
         RotateKError: see `runtime.rap_load.load_pruned`; or its weights cannot be fetched.
@@ -158,14 +162,16 @@ def load_smaller(artifact: Artifact, *, dtype: str | None = None, device: str | 
 
 
 def refuse_for_pruned(options: Mapping[str, Any], artifact: Artifact) -> None:
-    """Refuse options that speak of another cache or other weights; those not given are None.
+    """Refuse options that speak of other weights, or of another cache than a smaller checkpoint has; those not given are None.
 
     Raises:
         UsageError: naming the first.
     """
     for name, value in options.items():
+        if artifact.coded and name.lstrip("-").replace("-", "_") in CACHE_OPTIONS:
+            continue
         if value is not None:
-            where = f"{artifact.path} is a smaller checkpoint (RAP) with the stock cache"
+            where = f"{artifact.path} is a smaller checkpoint (RAP){'' if artifact.coded else ' with the stock cache'}"
             raise UsageError(f"{name} {value} cannot be chosen: {where}; leave it out")
 
 

@@ -19,7 +19,8 @@ Tensors of `rotatek.safetensors`, for each compressed layer i and token kind `vi
 An artifact compiled for a rival method (`Method.rival`) holds `knockout` alone. Format 1 had `key_rank` int32 [Hkv] (native Keys, raw
 Values) and `sensitivity` of ranks; it is read as what it says in the present format.
 
-An artifact of `--method rap` has a section `rap` in place of `rotatek`, and other tensors (rap_artifact.py).
+An artifact of `--method rap` has a section `rap` in place of `rotatek`, and other tensors (rap_artifact.py); one of `rap+rotatek` has both
+sections and both files of tensors, the second for the model that the first made: D channels, zeros behind the kept ones.
 
 `encode` is stored in float16, not bf16: its condition reaches hundreds, and rounding it to 8 bits of mantissa moves its smallest
 singular values by their own size. `packing.py` checks what rounding does and says when float32 stays. In memory it is float32.
@@ -39,6 +40,7 @@ from torch import Tensor
 
 from ._version import __version__
 from .artifact_config import (
+    AGAIN,
     FORMAT_VERSION,
     RANK_STEP,
     Method,
@@ -51,12 +53,12 @@ from .artifact_tensors import TENSOR_FILE, read_tensors
 from .errors import ArtifactError, RotateKError
 from .geometry import Geometry
 from .hub import HubArtifact
-from .names import ALLOCATIONS, SPANS
+from .names import ALLOCATIONS, RAP, SPANS
 from .output import CONFIG_FILE
 from .packing import compact
 from .plan import Plan, plan_of
-from .rap_artifact import RAP_FILE, RapSection, kept_channels, read_pairs, read_section
-from .untrusted import printable, read_json
+from .rap_artifact import PAIRS, RAP_FILE, RapSection, check_narrow, kept_channels, read_pairs, read_section
+from .untrusted import printable, read_json, shown
 
 __all__ = [
     "ALLOCATIONS",
@@ -89,7 +91,12 @@ class Artifact:
     libraries: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
     remote: HubArtifact | None = None  # where it was fetched from, for one named by a Hub id
-    rap: RapSection | None = None  # of a smaller checkpoint: then `method` is but its name, and the weights lie beside the artifact
+    rap: RapSection | None = None  # of a smaller checkpoint, whose weights lie beside the artifact; `method` is but its name unless `coded`
+
+    @property
+    def coded(self) -> bool:
+        """Whether there is a coded cache: not of a smaller checkpoint alone."""
+        return self.method.rival != RAP
 
     def plan(self) -> Plan:
         """What every KV head keeps of its Keys and Values, by layer; empty for a rival, which keeps none of ours."""
@@ -121,7 +128,7 @@ class Artifact:
         return method.token_keep_ratio * (self._bytes_per_kept_token() + index)
 
     def _bytes_per_kept_token(self) -> float:
-        if self.rap is not None:
+        if self.rap is not None and not self.coded:
             return 2.0 * sum(kept_channels(self.geometry, self.rap))
         if self.method.rival is not None:
             from .runtime.prepared import PreparedArtifact  # the runtime imports this module
@@ -151,22 +158,25 @@ def write_artifact(artifact: Artifact, directory: Path, card: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensor_file = TENSOR_FILE if artifact.rap is None else RAP_FILE
-    try:
-        stored = {name: compact(name, tensor).contiguous().cpu() for name, tensor in artifact.tensors.items()}
-        save_file(stored, directory / tensor_file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    (directory / tensor_file).chmod(0o644)
+    stored = {name: compact(name, tensor).contiguous().cpu() for name, tensor in artifact.tensors.items()}
+    pairs = {name: stored.pop(name) for name in list(stored) if artifact.rap is not None and name.endswith(PAIRS)}
+    files = ({RAP_FILE: pairs} if artifact.rap is not None else {}) | ({TENSOR_FILE: stored} if artifact.coded else {})
+    for file, tensors in files.items():
+        try:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        (directory / file).chmod(0o644)
     config = {
         "format_version": FORMAT_VERSION,
         "tool": f"rotatek-compile {__version__}",
         "base_model": artifact.base_model,
         "geometry": artifact.geometry.to_json(),
-        **({"rotatek": asdict(artifact.method)} if artifact.rap is None else {"rap": artifact.rap.to_json()}),
+        **({"rap": artifact.rap.to_json()} if artifact.rap is not None else {}),
+        **({"rotatek": asdict(artifact.method)} if artifact.coded else {}),
         "calibration": {k: printable(v) if isinstance(v, str) else v for k, v in artifact.calibration.items()},
         "libraries": artifact.libraries or library_versions(),
-        "files": {tensor_file: {"sha256": _sha256(directory / tensor_file)}},
+        "files": {file: {"sha256": _sha256(directory / file)} for file in files},
     }
     (directory / REPORT_FILE).write_text(json.dumps(artifact.report, indent=2) + "\n", encoding="utf-8")
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
@@ -190,20 +200,30 @@ def read_artifact(path: str | Path) -> Artifact:
     check_sections(config, where)
     check_base_model(config["base_model"], where)
     geometry = read_geometry(config.get("geometry"), where)
-    if "rap" in config:
+    if "rap" in config and "rotatek" not in config:
         return _read_rap(path, config, geometry, where)
     method = read_method(config.get("rotatek"), where, config["format_version"])
+    if method.rival == RAP:
+        raise ArtifactError(f"{where}: rival is {shown(RAP)}, which has a section of its own; {AGAIN}")
     if method.text_only != geometry.text_only and method.rival is None:
         ids = list(geometry.visual_token_ids)
         raise ArtifactError(f"{where}: text_only is {method.text_only} but visual_token_ids are {ids}; compile the artifact again")
     tensors = read_tensors(path, config["files"], geometry, method, config["format_version"])
+    section = None
+    if "rap" in config:
+        section = read_section(config["rap"], where, geometry)
+        if method.rival is not None:
+            raise ArtifactError(f"{where}: rival is {shown(method.rival)} beside section rap, and only our own goes with it; {AGAIN}")
+        check_narrow(tensors, geometry, section, str(path / TENSOR_FILE))
+        tensors = tensors | read_pairs(path, config["files"], geometry, section)
     report = read_json(path, REPORT_FILE, MAX_REPORT) if os.path.lexists(path / REPORT_FILE) else {}
-    return Artifact(geometry, method, tensors, config["base_model"], config["calibration"], report, config.get("libraries", {}), path)
+    about = (config["base_model"], config["calibration"], report, config.get("libraries", {}), path)
+    return Artifact(geometry, method, tensors, *about, rap=section)
 
 
 def _read_rap(path: Path, config: dict[str, Any], geometry: Geometry, where: str) -> Artifact:
-    if "rotatek" in config:
-        raise ArtifactError(f"{where} has both a section rap and a section rotatek, which this version cannot run; compile one method")
+    if TENSOR_FILE in config["files"]:
+        raise ArtifactError(f"{where} has a section rap and no section rotatek, but files names {TENSOR_FILE}; {AGAIN}")
     section = read_section(config["rap"], where, geometry)
     tensors = read_pairs(path, config["files"], geometry, section)
     report = read_json(path, REPORT_FILE, MAX_REPORT) if os.path.lexists(path / REPORT_FILE) else {}

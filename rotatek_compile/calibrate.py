@@ -151,15 +151,20 @@ def run_batch(model: Any, batch: Sequence[Encoded], collector: Collector, pad_id
 
 
 def output_gram(module: nn.Module, shape: Any) -> Tensor:
-    """Σ over the group of W_oᵀ W_o [Hkv, D, D] of an attention module; the identity if its output projection is not a plain matrix."""
+    """Σ over the group of W_oᵀ W_o [Hkv, D, D] of an attention module; the identity if its output projection is not a plain matrix.
+
+    Zero where a pruned head has no Value channels: the output projection does not see the zeros that stand there (`whole_heads`).
+    """
     heads, group, dim = shape.kv_heads, shape.group, shape.head_dim
+    width: int = getattr(getattr(module, "widths", None), "value", dim)  # `widths` is what a pruned module has (runtime/rap_attention.py)
     for name in ("o_proj", "out_proj", "dense"):
         projection: Any = getattr(module, name, None)
         weight = getattr(projection, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape[-1] == heads * group * dim:
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape[-1] == heads * group * width:
             with _loaded(projection):
-                per_head = projection.weight.detach().float().unflatten(1, (heads, group, dim))  # [hidden, Hkv, G, D]
+                per_head = projection.weight.detach().float().unflatten(1, (heads, group, width))  # [hidden, Hkv, G, D]
                 product = torch.einsum("ohgd,ohge->hde", per_head, per_head)
+                product = nn.functional.pad(product, (0, dim - width, 0, dim - width))
                 return (product + product.mT) / 2  # as exactly symmetric as the rest
     return torch.eye(dim).expand(heads, dim, dim).clone()
 

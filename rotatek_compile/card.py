@@ -79,11 +79,11 @@ def model_card(artifact: Any, picture: bool = False, weights: bool = False) -> s
             f"- {method.words}",
             f"- span `{method.span}`, window {method.window} text tokens",
             f"- bytes per coded token, all layers: {compressed:.0f} of {dense} dense{smaller}, {bytes_of}",
-            *_kept(artifact),
+            *kept_by_codes(artifact),
             f"- calibrated on {artifact.calibration.get('num_samples')} samples of {_data_name(artifact.calibration)}",
             *([f"- KL of the plan on {checked}: {report['plan_kl']:.2e} nats per answer token{dropped}"] if ours else []),
             "",
-            *([f"![{_alternative(artifact)}]({PICTURE_FILE})", ""] if picture else []),
+            *([picture_line(artifact), ""] if picture else []),
             "## Limits",
             "",
             *(["Values are stored raw, so no more than half of the cache can be saved."] if _raw_values(artifact) else []),
@@ -249,7 +249,7 @@ def _needs_base() -> str:
     return "The base model is a local checkpoint; say where yours is with `--model PATH` (in Python `model=`)."
 
 
-def _kept(artifact: Any) -> list[str]:
+def kept_by_codes(artifact: Any) -> list[str]:
     """What an image takes with everything it needs, and how precisely Keys and Values are kept; nothing of a rival."""
     found = sizes(artifact)
     if found is None:
@@ -267,6 +267,11 @@ def _raw_values(artifact: Any) -> bool:
     """Whether every Value is stored as it is."""
     plan, layers = artifact.plan(), artifact.geometry.layers
     return bool(plan) and all(head.value.native == layers[i].head_dim for i, heads in plan.items() for head in heads)
+
+
+def picture_line(artifact: Any) -> str:
+    """The picture of the heads, and what it shows in words."""
+    return f"![{_alternative(artifact)}]({PICTURE_FILE})"
 
 
 def _alternative(artifact: Any) -> str:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .names import ALLOCATIONS, BASES, BITS, COMPILE_METHODS, OURS, RAP, RAP_BUDGETS, RAP_SCORES, SPANS, check_selection, refuse_unknown
+from .names import (
+    ALLOCATIONS,
+    BASES,
+    BITS,
+    COMPILE_METHODS,
+    OURS,
+    RAP,
+    RAP_BUDGETS,
+    RAP_SCORES,
+    SPANS,
+    STACKED,
+    check_selection,
+    refuse_unknown,
+)
 
 if TYPE_CHECKING:
     from .artifact_config import Method
@@ -15,6 +28,12 @@ if TYPE_CHECKING:
 MOST_ESCAPES = 0.25  # an artifact with more is refused
 KEEP_RATIO = 0.25  # our own method's, where no budget is given
 RAP_KEEP_RATIO = 0.7  # of `--method rap`
+CODING = (
+    "kv_budget", "max_kl", "key_bits", "value_bits", "escape_ratio", "prior_tokens", "basis", "allocation", "span", "window",
+    "token_keep_ratio", "token_method",
+)  # fmt: skip
+PRUNING = ("keep_ratio", "rap_score", "rap_budget", "repair", "recover")
+"""What `--method rap+rotatek` is told for the one and for the other of its two parts."""
 SENSITIVITY_SAMPLES = 36  # four of each skill of `mixed`: a head that none of them needs would look worthless
 
 
@@ -29,8 +48,8 @@ class CompileOptions:
     model: str
     calib: str
     output: Path
-    method: str = OURS  # or a rival's name (runtime/rivals/registry.py), or RAP
-    keep_ratio: float | None = None  # KEEP_RATIO for our own method without another budget
+    method: str = OURS  # or a rival's name (runtime/rivals/registry.py), or RAP, or STACKED
+    keep_ratio: float | None = None  # KEEP_RATIO for our own method without another budget; with RAP what the weights keep
     kv_budget: float | None = None  # fraction of the dense bytes of Keys and Values
     max_kl: float | None = None  # nats per answer token
     key_bits: str | None = None  # native with a keep ratio, auto with a budget of bytes
@@ -56,24 +75,22 @@ class CompileOptions:
     overwrite: bool = False
     with_weights: bool = False
     quiet: bool = False
-    # of --method rap alone (compile_rap.py)
+    # of --method rap and rap+rotatek (compile_rap.py)
     rap_score: str | None = None  # how pairs are ranked; logit
     rap_budget: str | None = None  # how layers share what is kept; sensitivity
     repair: bool = True  # refit what is kept in closed form
     recover: int | None = None  # steps of distillation afterwards
 
     def __post_init__(self) -> None:
-        if self.method == f"{RAP}+{OURS}":
-            raise UsageError(
-                f"--method {self.method} is not there yet: the coded cache wants Keys and Values of one width; choose {RAP} or {OURS}"
-            )
         refuse_unknown("method", self.method, COMPILE_METHODS)
-        if self.method != RAP:
+        if self.method not in (RAP, STACKED):
             self._refuse_rap_options()
         if self.method == OURS:
             self._check_budget()
         elif self.method == RAP:
             self._check_rap()
+        elif self.method == STACKED:
+            self._check_stacked()
         else:
             for name in ("max_kl", "key_bits", "value_bits", "escape_ratio", "prior_tokens"):
                 if getattr(self, name) is not None:
@@ -123,8 +140,22 @@ class CompileOptions:
         for name, default in (("span", "visual"), ("basis", "two-sided"), ("allocation", "allocated"), ("window", 128)):
             if (seen := getattr(self, name)) != default:
                 raise UsageError(f"--{name} {seen} speaks of a coded cache, --method {RAP} has none: leave it out")
+        self._check_pruning()
+
+    def _check_stacked(self) -> None:
+        """A smaller checkpoint, whose keep ratio it is, and a budget of the coded cache beside it."""
+        if self.kv_budget is None and self.max_kl is None:
+            raise UsageError(
+                f"--method {STACKED} needs --kv-budget or --max-kl for the coded cache: its --keep-ratio says what the weights keep"
+            )
+        self._check_pruning()
+        self._check_budget(("kv_budget", "max_kl"))
+
+    def _check_pruning(self) -> None:
+        """What a smaller checkpoint is told, defaults filled in."""
         if self.with_weights:
-            raise UsageError(f"--with-weights puts the base model's weights beside an artifact; --method {RAP} writes weights of its own")
+            words = f"--method {self.method} writes weights of its own"
+            raise UsageError(f"--with-weights puts the base model's weights beside an artifact; {words}")
         for name, default, known in (("rap_score", RAP_SCORES[0], RAP_SCORES), ("rap_budget", RAP_BUDGETS[0], RAP_BUDGETS)):
             chosen = default if getattr(self, name) is None else getattr(self, name)
             refuse_unknown(name.replace("_", "-"), chosen, known)
@@ -146,9 +177,9 @@ class CompileOptions:
         if self.max_kl is not None:
             raise UsageError("--max-kl measures what codes cost, not what dropped tokens do; with --token-method give --kv-budget")
 
-    def _check_budget(self) -> None:
-        """One of the three budgets, and the bits that go with it."""
-        given = [name for name in ("keep_ratio", "kv_budget", "max_kl") if getattr(self, name) is not None]
+    def _check_budget(self, kinds: tuple[str, ...] = ("keep_ratio", "kv_budget", "max_kl")) -> None:
+        """One of these budgets, and the bits that go with it."""
+        given = [name for name in kinds if getattr(self, name) is not None]
         if len(given) > 1:
             words = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             raise UsageError(f"{words} are budgets of different kinds; give one of them")
@@ -164,6 +195,17 @@ class CompileOptions:
                 refuse_unknown(name.replace("_", "-"), bits, BITS)
         if by_ratio and self.value_bits == "auto":
             raise UsageError("--value-bits auto comes with --kv-budget or --max-kl; with --keep-ratio choose native, 8 or 4")
+
+    def of_pruning(self) -> CompileOptions:
+        """What `--method rap` is told of these options of `rap+rotatek`."""
+        return replace(self, method=RAP, **self._unsaid(CODING))
+
+    def of_coding(self) -> CompileOptions:
+        """What our own method is told of them, for the pruned model."""
+        return replace(self, method=OURS, **self._unsaid(PRUNING))
+
+    def _unsaid(self, names: tuple[str, ...]) -> dict[str, Any]:
+        return {field.name: field.default for field in fields(self) if field.name in names}
 
     @property
     def chooses_coding(self) -> bool:

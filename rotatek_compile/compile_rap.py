@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import importlib.util
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +45,7 @@ from .rap_artifact import RapSection, pair_tensors
 from .rap_budget import room
 from .rap_card import rap_card
 from .rap_checkpoint import fold, refuse_quantised, write_checkpoint
-from .rap_counts import check_counts, counted, full_widths, reckoned
+from .rap_counts import Counts, check_counts, counted, full_widths, reckoned
 from .rap_plan import RapPlan
 from .rap_plan_store import PlanStore
 from .rap_report import divergence, logprobs, report, summary
@@ -66,7 +68,7 @@ def prepare_rap(options: CompileOptions) -> CompilePlan:
         UsageError: started by a launcher, or a keep ratio below what the model can keep.
     """
     if launched()[1] > 1:
-        raise UsageError(f"--method {RAP} runs in one process; start it without a launcher")
+        raise UsageError(f"--method {options.method} runs in one process; start it without a launcher")
     source = resolve(options.model, options.revision, options.trust_remote_code)
     refuse_existing(options.output, options.overwrite)
     config = load_config(source)
@@ -103,17 +105,59 @@ def _weight_bytes(source: Source, geometry: Geometry) -> int:
     return 0 if sizes is None else sum(sizes.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What is to be written, once the dense model is not needed any more.
+
+    trained: attention tensors after recovery, by (layer, "q_proj.weight" and the like). checked, reference: documents that the result is
+    read on, and the dense model's log-probabilities of each. dense: its counts. start: when the work began, `time.perf_counter()`.
+    """
+
+    prepared: CompilePlan
+    plan: RapPlan
+    section: RapSection
+    trained: Mapping[tuple[int, str], Tensor]
+    processor: Any
+    items: Documents
+    checked: Documents
+    reference: Sequence[Tensor]
+    dense: Counts
+    base: dict[str, Any]
+    record: dict[str, Any]
+    pad_id: int
+    seconds: dict[str, float]
+    start: float
+
+    def digest(self) -> str:
+        """SHA-256 of what makes the smaller weights of the dense ones."""
+        found = hashlib.sha256()
+        tensors = self.plan.tensors() | {f"trained.{i}.{name}": tensor for (i, name), tensor in self.trained.items()}
+        for name in sorted(tensors):
+            found.update(f"{name} {tuple(tensors[name].shape)}".encode())
+            found.update(tensors[name].detach().cpu().to(torch.float32).contiguous().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+
 def compile_rap(options: CompileOptions) -> dict[str, Any]:
     """Prune, write and check; returns the summary that `--json` prints.
 
     Raises:
         RotateKError, DataError: anything the user can act on; nothing half-written is left.
     """
+    planned = plan_pruning(options, prepare_rap(options))
+    with atomic_directory(options.output, options.overwrite) as staging:
+        artifact, _ = write_pruned(planned, options, staging)
+        write_artifact(artifact, staging, rap_card(artifact))
+        planned.processor.save_pretrained(staging)
+    return summary(options, artifact)
+
+
+def plan_pruning(options: CompileOptions, prepared: CompilePlan) -> Planned:
+    """Load the dense model, plan with it, train if that is asked for, and note what it says and costs; then it is let go."""
     start = time.perf_counter()
-    prepared = prepare_rap(options)
-    source, geometry = prepared.source, prepared.geometry
+    geometry = prepared.geometry
     loaded = load_inputs(prepared, options.num_samples, options)
-    model, processor, items, base, pad_id = loaded.model, loaded.processor, loaded.items, loaded.base, loaded.pad_id
+    model, items, base, pad_id = loaded.model, loaded.items, loaded.base, loaded.pad_id
     attention_modules(model)
     aside = len(items) // KEPT_ASIDE
     used, checked = (items[:-aside], items[-aside:]) if aside else (items, items)
@@ -131,27 +175,36 @@ def compile_rap(options: CompileOptions) -> dict[str, Any]:
     before = time.perf_counter()
     trained = recovered(options, model, plan, geometry, used, pad_id) if options.recover else {}
     seconds |= {"recovery": time.perf_counter() - before} if options.recover else {}
-    before = time.perf_counter()
     dense, reference = counted(model, geometry), [logprobs(model, [item], geometry, pad_id) for item in checked]
-    del model
-    gc.collect()
-    artifact = Artifact(geometry, section.method(), pair_tensors(plan), base, record, libraries=library_versions(), rap=section)
-    directory = checkpoint_directory(source)
-    with atomic_directory(options.output, options.overwrite) as staging:
-        write_checkpoint(directory, source.name, staging, geometry, plan, trained)
-        hidden = prepared.config.get_text_config(decoder=True).hidden_size
-        biases = {place for place in attention_tensors(stored_tensors(directory, source.name), geometry).values() if "bias" in place[1]}
-        check_counts(dense, reckoned(geometry, full_widths(geometry), hidden, biases), "dense model")
-        pruned = load_pruned(artifact, staging, prepared.dtype, prepared.device, options.device == AUTO)
-        compact = counted(pruned, geometry)
-        check_counts(compact, reckoned(geometry, section.layers, hidden, biases), "pruned model")
-        kl = divergence(pruned, checked, reference, geometry, pad_id)
-        del pruned
-        seconds |= {"writing_and_check": time.perf_counter() - before, "total": time.perf_counter() - start}
-        artifact.report = report(artifact, plan, dense, compact, kl, seconds)
-        write_artifact(artifact, staging, rap_card(artifact))
-        processor.save_pretrained(staging)
-    return summary(options, artifact)
+    return Planned(
+        prepared, plan, section, trained, loaded.processor, items, checked, reference, dense, base, record, pad_id, seconds, start
+    )
+
+
+def write_pruned(planned: Planned, options: CompileOptions, staging: Path) -> tuple[Artifact, Any]:
+    """Write the smaller weights into a staging directory and load them again; the artifact with its report, and the model.
+
+    Raises:
+        RotateKError: the weights cannot be written, or what was written is not what the widths say.
+        OSError: the file system refused.
+    """
+    gc.collect()  # the dense model
+    before, geometry, prepared, section = time.perf_counter(), planned.prepared.geometry, planned.prepared, planned.section
+    tensors = pair_tensors(planned.plan)
+    artifact = Artifact(geometry, section.method(), tensors, planned.base, planned.record, libraries=library_versions(), rap=section)
+    directory, name = checkpoint_directory(prepared.source), prepared.source.name
+    write_checkpoint(directory, name, staging, geometry, planned.plan, planned.trained)
+    hidden = prepared.config.get_text_config(decoder=True).hidden_size
+    biases = {place for place in attention_tensors(stored_tensors(directory, name), geometry).values() if "bias" in place[1]}
+    check_counts(planned.dense, reckoned(geometry, full_widths(geometry), hidden, biases), "dense model")
+    pruned = load_pruned(artifact, staging, prepared.dtype, prepared.device, options.device == AUTO)
+    compact = counted(pruned, geometry)
+    check_counts(compact, reckoned(geometry, section.layers, hidden, biases), "pruned model")
+    kl = divergence(pruned, planned.checked, planned.reference, geometry, planned.pad_id)
+    now = time.perf_counter()
+    seconds = planned.seconds | {"writing_and_check": now - before, "total": now - planned.start}
+    artifact.report = report(artifact, planned.plan, planned.dense, compact, kl, seconds)
+    return artifact, pruned
 
 
 def _plan(
@@ -220,7 +273,14 @@ def recovered(
     assert options.recover is not None
     pruned = pruned_copy(model, plan, geometry)
     rows, seed = options.batch_size, options.seed
-    recover(pruned, model, items, options.recover, geometry=geometry, batch_size=rows, pad_id=pad_id, quiet=options.quiet, seed=seed)
+    sizes = {"batch_size": rows, "pad_id": pad_id}
+    first, last = recover(pruned, model, items, options.recover, geometry=geometry, quiet=options.quiet, seed=seed, **sizes)
+    if not last < first:
+        warnings.warn(
+            f"--recover: {options.recover} steps brought the model no nearer to the dense one on documents held out (KL {first:.2e}); "
+            f"it is left as it was",
+            stacklevel=2,
+        )
     return {
         (i, name): tensor.detach().cpu()
         for i, (_, module) in attention_modules(pruned).items()
@@ -228,9 +288,9 @@ def recovered(
     }
 
 
-def dry_run(options: CompileOptions) -> tuple[dict[str, Any], str]:
+def dry_run(options: CompileOptions, prepared: CompilePlan | None = None) -> tuple[dict[str, Any], str]:
     """What `--dry-run` prints, as JSON and for people; the widths are for measuring to say, their sum is not."""
-    prepared = prepare_rap(options)
+    prepared = prepared or prepare_rap(options)
     geometry, asked = prepared.geometry, options.num_samples
     assert options.keep_ratio is not None
     dense = 2 * sum(2 * layer.kv_heads * layer.head_dim for layer in geometry.layers)

@@ -36,7 +36,7 @@ from .models import (
     resolve,
 )
 from .moments import Moments
-from .names import OURS, RAP
+from .names import OURS, RAP, STACKED
 from .output import atomic_directory, refuse_existing
 from .parallel import Processes, local_device, processes
 from .plan import SIDES, Plan, plan_tensors
@@ -56,6 +56,10 @@ def prepare(options: CompileOptions) -> CompilePlan:
         from .compile_rap import prepare_rap
 
         return prepare_rap(options)
+    if options.method == STACKED:
+        from .compile_stacked import prepare_stacked
+
+        return prepare_stacked(options)
     source = resolve(options.model, options.revision, options.trust_remote_code)
     refuse_existing(options.output, options.overwrite)
     config = load_config(source)
@@ -65,10 +69,7 @@ def prepare(options: CompileOptions) -> CompilePlan:
     if options.with_weights:
         check_include(source, options.output)
     rival = None if options.method == OURS else rival_artifact(options, geometry, None)
-    _check_span(options, geometry)
-    if options.method == OURS and options.kv_budget is not None:
-        refuse_too_small(geometry, options.kv_budget, options.escape_ratio or 0.0)
-        with_total(options.own_method(), geometry, options.kv_budget)
+    check_setting(options, geometry)
     data = open_data(options.calib, "calibration", options.seed, options.calib_revision, images=not geometry.text_only)
     device = choose_device(options.device)
     return CompilePlan(source, config, geometry, data, device, choose_dtype(options.dtype, config, device), rival)
@@ -95,6 +96,10 @@ def compile_artifact(options: CompileOptions) -> dict[str, Any]:
         from .compile_rap import compile_rap
 
         return compile_rap(options)
+    if options.method == STACKED:
+        from .compile_stacked import compile_stacked
+
+        return compile_stacked(options)
     with processes() as together:
         if together.size > 1:
             if options.method != OURS:
@@ -132,19 +137,20 @@ def _compile(options: CompileOptions, together: Processes) -> dict[str, Any]:
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "knockout": artifact.report["knockout"],
     }
-    if options.method == OURS:
-        decided = artifact.plan()
-        return summary | {
-            "plan": {
-                "predicted_kl": artifact.report["plan_kl"],
-                "kept_aside": artifact.calibration["kept_aside"],
-                "share": artifact.report["segment"]["bytes"] / artifact.report["segment"]["dense_bytes"],
-                "setting": artifact.method.words,
-                "ranks": {str(i): [head.key.rank for head in heads] for i, heads in decided.items()},
-                "heads": {str(i): [{side: list(getattr(head, side)) for side in SIDES} for head in heads] for i, heads in decided.items()},
-            }
-        }
-    return summary | {"plan": {"setting": artifact.method.words}}
+    return summary | {"plan": plan_summary(artifact) if options.method == OURS else {"setting": artifact.method.words}}
+
+
+def plan_summary(artifact: Artifact) -> dict[str, Any]:
+    """What `--json` prints of the plan of our own method."""
+    decided = artifact.plan()
+    return {
+        "predicted_kl": artifact.report["plan_kl"],
+        "kept_aside": artifact.calibration["kept_aside"],
+        "share": artifact.report["segment"]["bytes"] / artifact.report["segment"]["dense_bytes"],
+        "setting": artifact.method.words,
+        "ranks": {str(i): [head.key.rank for head in heads] for i, heads in decided.items()},
+        "heads": {str(i): [{side: list(getattr(head, side)) for side in SIDES} for head in heads] for i, heads in decided.items()},
+    }
 
 
 def compile_ours(
@@ -156,8 +162,14 @@ def compile_ours(
     record: dict[str, Any],
     pad_id: int,
     together: Processes,
+    pruned: Artifact | None = None,
 ) -> Artifact:
-    """Moments, bases, sensitivities, knock-outs and the plan of our own method."""
+    """Moments, bases, sensitivities, knock-outs and the plan of our own method.
+
+    Args:
+        base, record: sections of the artifact, and in the name under which moments are saved.
+        pruned: of the smaller checkpoint that the model was loaded from, if it is one; the artifact is then one of both.
+    """
     geometry = plan.geometry
     assert options.sensitivity_samples is not None
     used, read, checked = shared_out(items, options.sensitivity_samples)
@@ -200,6 +212,8 @@ def compile_ours(
     tensors = artifact_tensors(geometry, method, moments, bases, decided, measured, knockouts) | limits
     record = record | {"documents": len(used), "sensitivity_documents": len(read), "kept_aside": len(checked)}
     artifact = Artifact(geometry, method, tensors, base, record, libraries=library_versions())
+    if pruned is not None:
+        artifact = replace(artifact, tensors=tensors | pruned.tensors, rap=pruned.rap)
     if options.chooses_coding:
         before = time.perf_counter()
         artifact = coding_chosen(artifact, options, cutter, docs, costs, checks, together)
@@ -235,12 +249,15 @@ def bases_of(moments: Moments, geometry: Geometry, name: str, kind: str) -> Base
     }
 
 
-def _check_span(options: CompileOptions, geometry: Geometry) -> None:
-    """Refuse what would code nothing: images of a model that reads none.
+def check_setting(options: CompileOptions, geometry: Geometry) -> None:
+    """Refuse a budget that no plan can meet, and what would code nothing: images of a model that reads none.
 
     Raises:
-        UsageError: a text-only model with --span visual or a rival.
+        UsageError: such a budget, or a text-only model with --span visual or a rival.
     """
+    if options.method == OURS and options.kv_budget is not None:
+        refuse_too_small(geometry, options.kv_budget, options.escape_ratio or 0.0)
+        with_total(options.own_method(), geometry, options.kv_budget)
     if not geometry.text_only:
         return
     if options.method != OURS:

@@ -8,7 +8,7 @@ A batch is prefilled once, whatever the number of methods: prefill is exact for 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,25 +200,29 @@ def evaluate(
     methods: dict[str, Callable[[], Cache]],
     batch_size: int,
     quiet: bool = True,
-    finished: Sequence[list[list[Outcome]]] = (),
+    finished: Mapping[int, list[list[Outcome]]] | None = None,
     keep: Callable[[int, list[list[Outcome]]], None] = lambda number, batch: None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Row]:
     """Score methods (name to a maker of fresh caches); the first must be the dense one, which the others are compared with.
 
     Args:
-        finished: what earlier runs found for the first batches: per batch, per method, per document. They are not run again.
-        keep: called after each batch with its number and what was found.
+        finished: what earlier runs found, by number of the batch: per method, per document. These batches are not run again.
+        keep: called after each batch with its number and what was found, also in an earlier run.
+        numbers: of the batches to measure, ascending; by default all.
     """
     rows = [Row(name) for name in methods]
-    bar = tqdm(total=len(items) * len(methods), desc=f"ask {evaluator.ask}", unit="doc", disable=None if not quiet else True, leave=False)
+    batches = range(-(-len(items) // batch_size)) if numbers is None else numbers
+    documents = sum(min(batch_size, len(items) - number * batch_size) for number in batches)
+    bar = tqdm(total=documents * len(methods), desc=f"ask {evaluator.ask}", unit="doc", disable=None if not quiet else True, leave=False)
     with bar:
-        for number, start in enumerate(range(0, len(items), batch_size)):
-            if number < len(finished):
+        for number in batches:
+            if finished and number in finished:
                 found = finished[number]
                 bar.update(sum(map(len, found)))
             else:
-                found = _batch(evaluator, list(items[start : start + batch_size]), methods, bar)
-                keep(number, found)
+                found = _batch(evaluator, list(items[number * batch_size : (number + 1) * batch_size]), methods, bar)
+            keep(number, found)
             for row, outcomes in zip(rows, found, strict=True):
                 row.outcomes += outcomes
     return rows

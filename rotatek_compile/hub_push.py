@@ -185,6 +185,7 @@ def push_artifact(directory: Path, target: Target, *, with_weights: bool = False
     stale = sorted(name for name in target.files - contents.keys() if any(fnmatch(name, pattern) for pattern in ours))
     operations: list[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in contents.items()]
     operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
+    words = f"{artifact.rap.words}; {artifact.method.words}" if artifact.rap is not None and artifact.coded else artifact.method.words
     api = HfApi()
     with hub_errors(target.repo, target.revision, "write to"):
         if not target.exists:
@@ -194,7 +195,7 @@ def push_artifact(directory: Path, target: Target, *, with_weights: bool = False
         commit = api.create_commit(
             target.repo,
             operations,
-            commit_message=f"RotateK artifact{' with weights' if with_weights else ''}: {artifact.method.words}",
+            commit_message=f"RotateK artifact{' with weights' if with_weights else ''}: {words}",
             revision=target.revision,
             create_pr=target.create_pr,
         )

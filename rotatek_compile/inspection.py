@@ -12,14 +12,16 @@ from .errors import RotateKError
 from .knockout import diagnosis
 from .plan import SIDES, HeadPlan, Plan
 from .plan_words import level_words, mean_bits, slab_words
+from .rap_artifact import pruned_part
 
 BIT_KEYS = {"Keys": "key_bits", "Values": "value_bits"}  # of `sizes`
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:
     """Everything `rotatek-inspect --json` prints; `plan` has native, 8-bit and 4-bit directions, `ranks` the Key directions in all."""
-    if artifact.rap is not None:
+    if not artifact.coded:
         return rap_inspection.summary(artifact)
+    pruned = rap_inspection.summary(pruned_part(artifact)) if artifact.rap is not None else {}
     return {
         "artifact": str(artifact.path),
         "base_model": artifact.base_model,
@@ -31,7 +33,7 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "kv_bytes_per_token": {"dense": artifact.geometry.dense_bytes_per_token(), "compressed": artifact.bytes_per_token()},
         "knockout": knockout_summary(artifact),
         "report": artifact.report,
-    }
+    } | ({"rap": {name: pruned[name] for name in ("method", "pairs", "kv_bytes_per_token")}} if pruned else {})
 
 
 def knockout_summary(artifact: Artifact) -> dict[str, Any] | None:
@@ -42,9 +44,10 @@ def knockout_summary(artifact: Artifact) -> dict[str, Any] | None:
 
 def describe(artifact: Artifact) -> str:
     """Header, one line per layer and head (what is kept at which precision, energy kept), what cuts cost, and the map of knock-outs."""
-    if artifact.rap is not None:
+    if not artifact.coded:
         return rap_inspection.describe(artifact)
-    return "\n".join([*_header(artifact), *_heads(artifact), *_cuts(artifact), *_knockout_map(artifact)])
+    before = [rap_inspection.describe(pruned_part(artifact)), "", "coded for this smaller model:"] if artifact.rap is not None else []
+    return "\n".join([*before, *_header(artifact), *_heads(artifact), *_cuts(artifact), *_knockout_map(artifact)])
 
 
 def sizes(artifact: Artifact) -> dict[str, Any] | None:
@@ -157,7 +160,13 @@ def compare(first: Artifact, second: Artifact) -> str:
         RotateKError: different geometries.
     """
     if first.rap is not None or second.rap is not None:
-        return rap_inspection.compare(first, second)
+        beside = rap_inspection.compare(pruned_part(first), pruned_part(second))
+        return "\n".join([beside, "coded for them:", _compare_codes(first, second)]) if first.coded and second.coded else beside
+    return _compare_codes(first, second)
+
+
+def _compare_codes(first: Artifact, second: Artifact) -> str:
+    """What differs in how the cache is coded."""
     if reason := first.geometry.difference(second.geometry):
         raise RotateKError(f"the artifacts are of different models: {reason}; --html FILE shows them side by side")
     lines = []

@@ -14,7 +14,8 @@ RIVAL_NAMES = (
 """Keys of RIVALS in runtime/rivals/registry.py, in its order."""
 METHODS = (OURS, *RIVAL_NAMES)
 RAP = "rap"  # writes a smaller checkpoint; neither our coded cache nor a rival of it
-COMPILE_METHODS = (*METHODS, RAP)
+STACKED = f"{RAP}+{OURS}"  # that checkpoint, and our coded cache for it
+COMPILE_METHODS = (*METHODS, RAP, STACKED)
 RAP_SCORES = ("logit", "fisher", "fisher-weight")
 RAP_BUDGETS = ("sensitivity", "published")
 BASES = ("two-sided", "pca", "paper")

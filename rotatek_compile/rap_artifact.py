@@ -7,7 +7,7 @@ beside it (rap_checkpoint.py). Maps are not kept: they are in the weights, and a
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ from .untrusted import read_file, shown
 if TYPE_CHECKING:
     from .artifact import Artifact
 
-RAP_FILE = "rap.safetensors"
+RAP_FILE, PAIRS = "rap.safetensors", ".pairs"
+NOTHING = 1e-9  # of a head's largest eigenvalue: what is below is rounding
 MAX_RAP_BYTES = 64 << 20  # 1024 layers of 64 KV heads of 64 pairs take 16 MiB
 
 
@@ -156,6 +157,39 @@ def read_pairs(directory: Path, files: dict[str, Any], geometry: Geometry, secti
     for i, shape in enumerate(geometry.layers):
         check_pairs(tensors[f"layers.{i}.pairs"], shape, f"{file}: layer {i}")
     return {f"layers.{i}.pairs": tensors[f"layers.{i}.pairs"] for i in range(len(geometry.layers))}
+
+
+def pruned_part(artifact: Artifact) -> Artifact:
+    """An artifact of `--method rap+rotatek` as one of `--method rap` alone, with the report on the pruning; any other as it is."""
+    if artifact.rap is None or not artifact.coded:
+        return artifact
+    report = artifact.report.get("rap")
+    report = report if isinstance(report, dict) else {}  # one that was edited, or is gone
+    calibration = artifact.calibration | {name: report[name] for name in ("kept_aside",) if name in report}
+    return replace(artifact, method=artifact.rap.method(), report=report, calibration=calibration)
+
+
+def check_narrow(tensors: dict[str, Tensor], geometry: Geometry, section: RapSection, where: str) -> None:
+    """That what was calibrated for a pruned model is of heads as narrow as its own: no means and no energy beyond the kept channels.
+
+    Args:
+        tensors: of rotatek.safetensors, checked; `where` names that file.
+
+    Raises:
+        ArtifactError: it was calibrated for wider heads.
+    """
+    for i in geometry.compressible:
+        kept = {"key": 2 * section.layers[i].pairs, "value": section.layers[i].value}
+        for name, tensor in tensors.items():
+            _, layer, *rest = name.split(".")
+            side, _, part = rest[-1].partition("_")
+            if layer != str(i) or side not in kept or part not in ("mean", "spectrum"):
+                continue
+            beyond = tensor[:, kept[side] :].abs()
+            least = NOTHING * float(tensor.abs().max()) if part == "spectrum" else 0.0  # eigenvalues of zero are found up to rounding
+            if bool((beyond > least).any()):
+                words = f"{int((beyond > least).any(0).sum())} channels beyond the {kept[side]} that section rap keeps"
+                raise ArtifactError(f"{where}: tensor {name} is not zero in {words}; {AGAIN}")
 
 
 def _whole(value: Any, low: int, high: int) -> bool:

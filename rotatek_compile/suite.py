@@ -81,19 +81,20 @@ def run_entries(
     """Measure entries (the first must be the dense one) in the mode of every evaluator.
 
     Args:
-        journal: takes every batch as it is done, and gives those that an earlier run has done.
+        journal: takes every batch as it is done, and gives those that earlier runs have done; says which batches are this process's.
     """
     labels = {entry.label: entry for entry in entries}
     measured = []
     for evaluator in evaluators:
-        ask, finished = evaluator.ask, list(journal.finished[evaluator.ask]) if journal else []
+        ask = evaluator.ask
+        finished = journal.shared[ask] | journal.finished[ask] if journal else {}
 
         def keep(number: int, found: list[list[Outcome]], ask: str = ask) -> None:
-            if journal:
-                journal.add(ask, found)
+            if journal and number not in journal.finished[ask]:
+                journal.add(ask, number, found)
 
         makers = {label: entry.make for label, entry in labels.items()}
-        rows = evaluate(evaluator, items, makers, batch_size, quiet, finished, keep)
+        rows = evaluate(evaluator, items, makers, batch_size, quiet, finished, keep, journal.numbers if journal else None)
         for row in rows:
             entry, row.method = labels[row.method], labels[row.method].method
             measured.append(Measured(ask, entry, row, rows[0]))

@@ -97,7 +97,9 @@ def rotatek_attention(
             raise RotateKError(f"this model's attention uses {name}, which the compressed cache does not support")
     handle = key
     if handle.first:
-        out, _ = delegate(seen, query, handle.keys, handle.values, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        used = getattr(module, "used_width", None)  # behind it a pruned module hands over zeros (rap_attention.py)
+        raw = (x[..., :used] for x in (query, handle.keys, handle.values))
+        out, _ = delegate(seen, *raw, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     else:
         out = handle.attend(query, attention_mask, scaling if scaling is not None else query.shape[-1] ** -0.5)
         out = out.transpose(1, 2).contiguous()

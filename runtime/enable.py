@@ -26,7 +26,7 @@ from .coder import Coder
 from .graphs import DecodeGraphs
 from .media import ENCODERS, CallState, encoded_features, encoded_lengths, features_of, lengths_of
 from .prepared import PreparedArtifact
-from .rap_load import pruned_artifact
+from .rap_load import pruned_artifact, same_pruning
 from .segments import hides_past, read_kinds
 from .tensor_parallel import shard_of
 from .vision_attention import note, watched
@@ -303,11 +303,7 @@ def check_model(model: nn.Module, artifact: Artifact) -> None:
     Raises:
         RotateKError: another geometry, or attention that is not pluggable.
     """
-    if artifact.rap is not None:
-        where = f"artifact {artifact.path}" if artifact.path else "the artifact"
-        raise RotateKError(f"{where} is a smaller checkpoint (RAP), nothing to enable on another model; use rotatek_compile.load on it")
-    if pruned_artifact(model) is not None:
-        raise RotateKError("the model is a pruned one (RAP), and the coded cache wants Keys and Values of one width; load its base model")
+    check_pruning(model, artifact)
     geometry = geometry_of(model.config)
     if reason := artifact.geometry.difference(geometry):
         where = f"artifact {artifact.path}" if artifact.path else "the artifact"
@@ -317,6 +313,21 @@ def check_model(model: nn.Module, artifact: Artifact) -> None:
     seen, expected = geometry.model_type, artifact.geometry.model_type
     if seen != expected:
         warnings.warn(f"the artifact was compiled for model type {expected}, this is {seen} of the same geometry", stacklevel=3)
+
+
+def check_pruning(model: nn.Module, artifact: Artifact) -> None:
+    """Refuse an artifact of a smaller checkpoint on any other model, and any other artifact on a pruned model.
+
+    Raises:
+        RotateKError: saying which of the two.
+    """
+    where, loaded = f"artifact {artifact.path}" if artifact.path else "the artifact", pruned_artifact(model)
+    if artifact.rap is not None and not artifact.coded:
+        raise RotateKError(f"{where} is a smaller checkpoint (RAP), nothing to enable on another model; use rotatek_compile.load on it")
+    if artifact.rap is not None and (loaded is None or not same_pruning(artifact, loaded)):
+        raise RotateKError(f"{where} was compiled for the smaller checkpoint beside it, not for this model; use rotatek_compile.load on it")
+    if artifact.rap is None and loaded is not None:
+        raise RotateKError(f"the model is a pruned one (RAP), and {where} was compiled for a whole one; load the base model for it")
 
 
 def _without_fallback(artifact: Artifact) -> Artifact:

@@ -4,6 +4,10 @@ Its projections put out the kept channels only, so the stock cache holds Keys of
 rebuilt. RoPE turns every kept pair by its own frequency: the cosines and sines that the model passes, gathered at `pairs`. With all pairs
 kept it computes what the stock module computes, bit for bit.
 
+A coded cache, and whoever measures for one, gets whole heads instead: Queries, Keys and Values with zeros behind the kept channels, up to
+the head_dim of the base model (`whole_heads`). Logits stay the same, and the first r channels of the output are what they were. So codec
+and kernels know one width per head, and channels that are always zero have no energy that codes would be spent on.
+
 All of it is torch. A kernel would pay in two places: the gather and the rotation of Queries and Keys (one pass over both, in place), and
 flash attention where 2m and r differ, for which the narrower side is padded now (`takes_different_widths`).
 """
@@ -12,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import RotateKError
 from ..rap_plan import Widths
+from .cache_layer import RotateKLayer
 
 NORM = "q/k-norm divides by the length of the whole head, of which dropped pairs are a part"
 TEXT_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
@@ -59,6 +65,7 @@ class PairPrunedAttention(nn.Module):
 
     pairs: int64 [Hkv, m], which of the D/2 pairs each KV head keeps, ascending; q_proj: hidden -> Hq·2m; k_proj: hidden -> Hkv·2m;
     v_proj: hidden -> Hkv·r; o_proj: Hq·r -> hidden. Channels j and j + m of a head are a pair. `scaling` stays that of the whole head.
+    whole: hand over whole heads, whatever the cache is. used_width: channels of a whole head that are not zero in Keys or Values.
     """
 
     pairs: Tensor
@@ -71,7 +78,8 @@ class PairPrunedAttention(nn.Module):
         self.head_dim, self.scaling = stock.head_dim, stock.scaling
         self.num_key_value_groups, self.attention_dropout = stock.num_key_value_groups, stock.attention_dropout
         self.is_causal, self.sliding_window = stock.is_causal, window_of(stock)
-        self.widths, self.key_width = widths, 2 * widths.pairs
+        self.widths, self.key_width, self.whole = widths, 2 * widths.pairs, False
+        self.used_width = max(self.key_width, widths.value)
         dim: Any = self.head_dim
         # a stock bias that is there stays; the mean correction adds one where there is none
         self.q_proj = _narrow(stock.q_proj, rows=(dim, self.key_width))
@@ -106,11 +114,14 @@ class PairPrunedAttention(nn.Module):
         value = self.v_proj(hidden_states).view(*shape, -1, self.widths.value).transpose(1, 2)
         cos, sin = (of_pairs(angles, self.pairs) for angles in position_embeddings)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        whole = self.whole or is_coded(past_key_values, self.layer_idx)
+        if whole:
+            query, key, value = (nn.functional.pad(x, (0, self.head_dim - x.shape[-1])) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, type(self).eager)
-        if not takes_different_widths(name, query.shape[2]):
+        if not whole and not takes_different_widths(name, query.shape[2]):
             query, key, value = equal_widths(query, key, value)
         output, weights = attend(
             self,
@@ -123,8 +134,27 @@ class PairPrunedAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        output = output[..., : self.widths.value]  # [B, S, Hq, r]; wider only where Values were padded
+        output = output[..., : self.widths.value]  # [B, S, Hq, r]; wider where Values were padded
         return self.o_proj(output.reshape(*shape, -1)), weights
+
+
+def is_coded(cache: Any, layer: int) -> bool:
+    """Whether a cache codes this layer, and so wants whole heads; sliding layers of a coded cache are stock ones."""
+    layers = getattr(cache, "layers", ())
+    return layer < len(layers) and isinstance(layers[layer], RotateKLayer)
+
+
+@contextmanager
+def whole_heads(model: nn.Module, layers: Collection[int]) -> Iterator[None]:
+    """Let these layers of a pruned model hand over heads of head_dim channels, zeros behind the kept ones, to stock caches too."""
+    modules = [module for i, (_, module) in attention_modules(model).items() if i in layers and isinstance(module, PairPrunedAttention)]
+    for module in modules:
+        module.whole = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.whole = False
 
 
 def of_pairs(angles: Tensor, pairs: Tensor) -> Tensor:
@@ -220,7 +250,8 @@ def replace_attention(model: nn.Module, widths: Mapping[int, Widths]) -> dict[in
 def pruned_class(stock: type[nn.Module]) -> type[PairPrunedAttention]:
     """The pair-pruned module that is also one of the stock class, by which transformers finds attention weights to return."""
     eager = staticmethod(sys.modules[stock.__module__].eager_attention_forward)
-    return type(f"PairPruned{stock.__name__}", (PairPrunedAttention, stock), {"eager": eager})
+    # readers of attention modules look for the stock eager function in the module that the class is from
+    return type(f"PairPruned{stock.__name__}", (PairPrunedAttention, stock), {"eager": eager, "__module__": stock.__module__})
 
 
 def _narrow(stock: Any, rows: tuple[int, int] = (1, 1), columns: tuple[int, int] = (1, 1), bias: bool = False) -> nn.Linear:

@@ -26,6 +26,7 @@ from ..rap_checkpoint import read_config
 from ..rap_plan import Widths
 from ..rap_tensors import check_checkpoint
 from .accounting import DENSE_ITEMSIZE, CacheBytes, cache_bytes
+from .cache_layer import RotateKLayer
 from .rap_attention import PairPrunedAttention, attention_modules, refuse_text, replace_attention
 
 _ARTIFACT = "_rotatek_pruned"
@@ -35,7 +36,7 @@ def load_pruned(artifact: Artifact, directory: Path, dtype: torch.dtype, device:
     """The pruned model in eval mode.
 
     Args:
-        artifact: one of `--method rap`.
+        artifact: one of `--method rap` or `rap+rotatek`.
         directory: where its weights are.
         spread: over all GPUs, then main memory, as accelerate finds room.
 
@@ -106,13 +107,25 @@ def pruned_artifact(model: Any) -> Artifact | None:
     return found if isinstance(found, Artifact) else None
 
 
+def same_pruning(first: Artifact, second: Artifact) -> bool:
+    """Whether two artifacts are of one pruned checkpoint, as far as widths, pairs and the base model tell."""
+    bases = [{name: artifact.base_model.get(name) for name in ("id", "revision", "fingerprint")} for artifact in (first, second)]
+    if first.rap is None or first.rap != second.rap or bases[0] != bases[1]:
+        return False
+    one, other = pairs_of(first), pairs_of(second)
+    return all(torch.equal(pairs, other[i]) for i, pairs in one.items())
+
+
 def bytes_of(model: Any, cache: Any, tokens: int) -> CacheBytes:
-    """`cache_bytes`, but `dense` of a pruned model's stock cache is what its base would hold of the same tokens."""
+    """`cache_bytes`, but `dense` of a pruned model's cache is what its base would hold of the same tokens."""
     found, artifact = cache_bytes(cache, tokens), pruned_artifact(model)
     if artifact is None:
         return found
     dense = 0
     for channels, layer in zip(dense_channels(artifact.geometry), cache.layers, strict=True):
+        if isinstance(layer, RotateKLayer):
+            dense += DENSE_ITEMSIZE * channels * (tokens if layer.is_initialized else 0)
+            continue
         held = layer.keys.shape[0] * layer.keys.shape[2] if layer.is_initialized else 0
         dense += DENSE_ITEMSIZE * channels * min(tokens, held)  # a sliding layer holds the newest tokens only
     return replace(found, dense=dense)

@@ -385,8 +385,22 @@ def test_rap(command, here, cli, data_file, make_checkpoint):
         exec(compile(example.text, str(example), "exec"), names)  # noqa: S102 - our own page
         assert type(names["model"].model.language_model.layers[0].self_attn).__name__ == "PairPrunedLlamaAttention"
 
+    def stacking(example):
+        words = [stand_in.get(word, word) for word in example.words[1:]]
+        said = json.loads(cli("compile", *words, *SMALL["compile"]).out)
+        assert said["method"] == "rap+rotatek" and said["plan"]["share"] <= 0.0625
+
+    def three_rows(example):
+        words = [stand_in.get(word, word) for word in example.words[1:]]
+        said = json.loads(cli("eval", *words, *SMALL["eval"]).out)
+        assert [row["method"] for row in said["rows"]] == ["dense", "rap", "artifact", "rotatek"]
+
+    both = "--method rap+rotatek --keep-ratio 0.8 --kv-budget 0.0625"
     special = {
         "rotatek-compile --model tiny-llava-next --calib mixed --method rap --keep-ratio 0.7 -o smaller": compiling,
+        f"rotatek-compile --model tiny-llava-next --calib mixed {both} -o stacked": stacking,
+        'rotatek-run stacked --image page1.png --prompt "What is the total?" --compare-dense': run,
+        "rotatek-eval stacked --data mixed --method rotatek --kv-budget 0.125": three_rows,
         'rotatek-run smaller --image page1.png --prompt "What is the total?" --compare-dense': run,
         "rotatek-eval smaller --data mixed": lambda example: command(example, stand_in.items()),
     }

@@ -11,7 +11,7 @@ import click
 from .. import aliases
 from ..compile_options import CompileOptions
 from ..errors import UsageError
-from ..names import ALLOCATIONS, BASES, BITS, COMPILE_METHODS, OURS, RAP, RAP_BUDGETS, RAP_SCORES, SPANS, TOKEN_METHODS
+from ..names import ALLOCATIONS, BASES, BITS, COMPILE_METHODS, OURS, RAP, RAP_BUDGETS, RAP_SCORES, SPANS, STACKED, TOKEN_METHODS
 from ..parallel import is_main
 from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
 
@@ -25,9 +25,13 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
     default="rotatek",
     show_default=True,
     shell_complete=one_of(COMPILE_METHODS),
-    help="rotatek; rap (a smaller checkpoint); or a rival: head-drop, head-drop-native, int4, kivi2, ...",
+    help="rotatek; rap (a smaller checkpoint); rap+rotatek (both); or a rival: head-drop, head-drop-native, int4, kivi2, ...",
 )
-@click.option("--keep-ratio", type=float, help="Fraction of Key directions kept, mean over heads. Default: 0.25, with rap 0.7.")
+@click.option(
+    "--keep-ratio",
+    type=float,
+    help="Fraction of Key directions kept, mean over heads; with rap of Keys and Values in the weights. Default: 0.25, with rap 0.7.",
+)
 @click.option(
     "--kv-budget", type=float, help="At most this fraction of the dense bytes of Keys and Values, everything a segment needs included."
 )
@@ -143,7 +147,7 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
 
         place = check_target(repo, private=private)  # before hours of work
     summary: dict[str, Any]
-    if chosen.method == RAP:
+    if chosen.method in (RAP, STACKED):
         summary, text = _rap(chosen, dry_run)
     elif dry_run:
         plan = prepare(chosen)
@@ -205,14 +209,15 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
 
 
 def _rap(chosen: CompileOptions, dry: bool) -> tuple[dict[str, Any], str]:
-    """A smaller checkpoint: the summary as JSON and for people."""
-    from ..compile_rap import compile_rap, dry_run
-    from ..rap_report import words
+    """A smaller checkpoint, with a coded cache or without: the summary as JSON and for people."""
+    from .. import compile_rap, compile_stacked, rap_report
+    from ..compiler import compile_artifact
 
+    stacked = chosen.method == STACKED
     if dry:
-        return dry_run(chosen)
-    done = compile_rap(chosen)
-    return done, words(done)
+        return compile_stacked.dry_run(chosen) if stacked else compile_rap.dry_run(chosen)
+    done = compile_artifact(chosen)
+    return done, compile_stacked.words(done) if stacked else rap_report.words(done)
 
 
 def _check_names(model: str, calib: str) -> None:

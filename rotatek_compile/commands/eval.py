@@ -69,6 +69,7 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of, 
 @click.option("--device", shell_complete=one_of(DEVICES), help="cpu, cuda, cuda:N, or auto: spread over all GPUs.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for results.csv and documents.jsonl.")
 @click.option("--resume", is_flag=True, help="Go on with the evaluation in --output.")
+@click.option("--shard", metavar="I/N", help="Measure each N-th batch from the I-th; --resume without it puts all N together.")
 @click.option("--plot", is_flag=True, help="Draw the results into --output (needs matplotlib).")
 @click.option("--write-card", is_flag=True, help="Write the figures into the artifact's model card (README.md).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -78,6 +79,9 @@ def command(artifact: str, data: str, **options: Any) -> None:
     _check_names(data, options)
     asks = (options["ask"],) if options["ask"] else ASK if options["suite"] else ASK[:1]
     measured, samples = _measure(artifact, data, asks, options)
+    if options["shard"]:
+        click.echo(f"part {options['shard']} is in {options['output']}; once all are, run without --shard and with --resume")
+        return
     rows = [m.to_json() for m in measured]
     if options["as_json"]:
         result = {"data": data, "samples": samples, "ask": asks[0] if len(asks) == 1 else list(asks), "rows": rows}
@@ -120,11 +124,13 @@ def _check(options: dict[str, Any]) -> None:
         raise UsageError("--suite and --method contradict each other; choose one")
     if options["also"] and options["suite"] is None:
         raise UsageError("--also adds calibrations to a suite; choose one with --suite")
+    if options["shard"] and (options["plot"] or options["write_card"] or options["as_json"]):
+        raise UsageError("--shard measures a part; leave --plot, --write-card and --json to the run that puts all together")
     if options["quick"] and options["num_samples"] is not None:
         raise UsageError("--quick and --num-samples contradict each other; choose one")
     if options["suite"] is not None and options["output"] is None:
         raise UsageError("--suite writes files; say where with --output DIR")
-    for name in ("resume", "plot"):
+    for name in ("resume", "plot", "shard"):
         if options[name] and options["output"] is None:
             raise UsageError(f"--{name} needs --output DIR")
 
@@ -146,11 +152,11 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     from ..documents import Documents, usable
     from ..evaluate import Evaluator
     from ..hub import open_artifact
-    from ..journal import FILE, Journal
+    from ..journal import Journal, Shard
     from ..methods import Methods, distinct
     from ..models import choose_device, fingerprint
     from ..plots import plot_results, require_matplotlib
-    from ..rap_evaluate import PrunedRun, refuse_others
+    from ..rap_evaluate import PrunedRun, StackedRun, refuse_others
     from ..runtime.backends import choose_backend
     from ..runtime.enable import enable
     from ..suite import QUICK_DOCUMENTS, batch_sizes, facts_of, read_results, run_entries, write_results
@@ -158,9 +164,9 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
 
     if options["plot"]:
         require_matplotlib()
-    output, size = options["output"], options["batch_size"]
-    if output is not None and not options["resume"] and (output / FILE).exists():
-        raise RotateKError(f"{output / FILE} holds an evaluation already; pass --resume to go on with it, or another --output")
+    output, size, shard = options["output"], options["batch_size"], Shard.parse(options["shard"] or "1/1")
+    if output is not None and not options["resume"] and (output / shard.journal).exists():
+        raise RotateKError(f"{output / shard.journal} holds an evaluation already; pass --resume to go on with it, or another --output")
     read = open_artifact(artifact, options["revision"])
     if read.rap is not None:
         refuse_others(read, options)
@@ -178,22 +184,27 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     evaluators = [Evaluator(model, processor, ask, eos, options["max_new_tokens"]) for ask in asks]
     run: Any
     if read.rap is not None:
-        run = PrunedRun(read, evaluators, load_smaller(read, dtype=options["dtype"], device=options["device"])[0])
+        pruned = load_smaller(read, dtype=options["dtype"], device=options["device"])[0]
+        coding = options["backend"], not options["no_fallback"]
+        run = StackedRun(read, evaluators, pruned, *coding) if read.coded else PrunedRun(read, evaluators, pruned)
     else:
         run = enable(model, read, backend=options["backend"], fallback=not options["no_fallback"])
     with run as active:
-        methods = Methods(active) if read.rap is None else active
+        methods: Any = Methods(active) if read.rap is None else active
         if options["suite"]:
             entries = methods.suite(options["suite"])
             for number, other in enumerate(also, 1):
                 entries += [entry for entry in Methods(active, other, number).suite(options["suite"]) if entry.calibrated]
         else:
             named = options["methods"], options["budgets"], options["ratios"]
-            if options["token_methods"]:
-                chosen = distinct(token_entries(methods, *named, options["token_methods"], options["token_ratios"]))
+            if read.rap is not None:
+                entries = methods.entries(*named)
             else:
-                chosen = methods.chosen(*named) if read.rap is None else []
-            entries = [methods.dense(), methods.compiled(), *chosen]
+                if options["token_methods"]:
+                    chosen = distinct(token_entries(methods, *named, options["token_methods"], options["token_ratios"]))
+                else:
+                    chosen = methods.chosen(*named)
+                entries = [methods.dense(), methods.compiled(), *chosen]
         same = {name: options[name] for name in ("seed", "max_new_tokens", "batch_size")}
         same |= {"backend": active.backend.name, "fallback": not options["no_fallback"]}
         if read.rap is not None:
@@ -204,11 +215,13 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
             _write_card(read, measured, facts, options)
             return measured, len(items)
         labels = [entry.label for entry in entries]
-        with Journal(output, facts, asks, labels, batch_sizes(len(items), size), options["resume"]) as journal:
+        with Journal(output, facts, asks, labels, batch_sizes(len(items), size), options["resume"], shard) as journal:
             try:
                 measured = run_entries(evaluators, entries, items, size, options["quiet"], journal)
             except KeyboardInterrupt:
                 raise RotateKError(f"interrupted; what was measured is in {journal.file}, go on with --resume") from None
+        if shard.count > 1:
+            return measured, len(items)
         file = write_results(output, measured, facts)
         _write_card(read, measured, facts, options)
         if options["plot"]:

@@ -33,7 +33,7 @@ def command(artifact: str, other: str | None, html: Path | None, overwrite: bool
         refuse_page(html, overwrite)
     first = open_artifact(artifact)
     second = open_artifact(other) if other else None
-    if html is not None and any(one is not None and one.rap is not None for one in (first, second)):
+    if html is not None and any(one is not None and not one.coded for one in (first, second)):
         raise UsageError("--html shows what a coded cache keeps, and a smaller checkpoint (RAP) has none; leave it out")
     if html is not None:
         write_page(page([first, second] if second else [first]), html, overwrite)

@@ -76,11 +76,11 @@ def command(artifact: str, images: tuple[str, ...], prompt: str, **options: Any)
         asked_for["--backend"] = None if options["backend"] == "auto" else options["backend"]
         asked_for["--model"] = None if options["compare_dense"] else options["model"]  # the base, which only a comparison loads
         refuse_for_pruned(asked_for, read)
-        if options["no_fallback"]:
+        if options["no_fallback"] and not read.coded:
             raise UsageError(f"--no-fallback speaks of a coded cache, and {artifact} is a smaller checkpoint (RAP); leave it out")
         if launched()[1] > 1:
             raise UsageError(f"{artifact} is a smaller checkpoint (RAP), which runs in one process; start it without a launcher")
-    else:
+    if read.coded:
         used = selecting(read, *tokens, keep_ratio=options["keep_ratio"], kv_budget=options["kv_budget"])
     pages = [open_named(name, Path(), f"--image {name}") for name in images]
     clip = read_clip(Path(options["video"]), options["num_frames"], options["fps"]) if options["video"] else None
@@ -92,7 +92,7 @@ def command(artifact: str, images: tuple[str, ...], prompt: str, **options: Any)
     show = not options["as_json"] and is_main()
     asked = (processor, pages, prompt, options["max_new_tokens"])
     coded: Any = nullcontext()
-    if read.rap is None:
+    if read.coded:
         coded = enable(model, used, backend=options["backend"], fallback=not options["no_fallback"])
     with coded:
         result = answer_once(model, *asked, stream=show, clip=clip)

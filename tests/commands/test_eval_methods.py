@@ -94,6 +94,9 @@ def test_own_bases_at_budgets_beside_a_rival(cli, measured, data_file):
         (["--quick", "--num-samples", "5"], "--quick and --num-samples contradict each other"),
         (["--resume"], "--resume needs --output DIR"),
         (["--plot"], "--plot needs --output DIR"),
+        (["--shard", "1/2"], "--shard needs --output DIR"),
+        (["--shard", "3/2", "--output", "x"], "--shard '3/2' is not I/N with 1 <= I <= N"),
+        (["--shard", "1/2", "--output", "x", "--json"], "--shard measures a part; leave --plot, --write-card and --json to the run that"),
     ],
 )
 def test_usage(cli, measured, data_file, tmp_path, monkeypatch, untouched, arguments, words):
@@ -151,6 +154,19 @@ def test_suite_files_and_resuming(cli, measured, make_checkpoint, data_file, tmp
     assert "made with batch_size 2, this run has 1" in said
     said = cli(*arguments, tmp_path / "whole", "--resume", "--model", make_checkpoint(seed=2)).sentence()
     assert "made with weights" in said  # of the same name and geometry
+
+
+def test_an_evaluation_in_two_processes(cli, measured, data_file, tmp_path):
+    arguments = ("eval", measured, "--data", data_file, *QUICK, "--batch-size", 1, "--method", "int4", "--output")
+    whole = cli(*arguments, tmp_path / "whole")
+    for part in ("2/2", "1/2"):
+        ended = cli(*arguments, tmp_path / "parts", "--shard", part)
+        assert ended.out == f"part {part} is in {tmp_path / 'parts'}; once all are, run without --shard and with --resume\n"
+    assert not (tmp_path / "parts" / "results.csv").exists()
+    ended = cli(*arguments, tmp_path / "parts", "--resume")
+    assert ended.out == whole.out and "nothing saved" not in ended.err
+    for name in ("results.csv", "documents.jsonl"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_proof_over_two_calibrations(cli, measured, data_file, tmp_path):

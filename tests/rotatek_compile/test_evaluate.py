@@ -151,14 +151,17 @@ def test_bytes_of_documents_sum_to_those_of_the_cache(tiny, fake_processor, docu
         assert len(item.prompt) <= tokens <= len(item.prompt) + 5 and tokens == int(tokens)
 
 
-def test_finished_batches_are_not_run_again(tiny, fake_processor, documents):
+def test_finished_batches_are_not_run_again(tiny, fake_processor, documents, monkeypatch):
     run, kept = evaluator(tiny, fake_processor, "after", new=2), []
     methods = {"dense": run.dense_cache}
     whole = evaluate(run, documents, methods, 2, keep=lambda number, found: kept.append((number, found)))
     assert [number for number, _ in kept] == [0, 1, 2] and [len(found[0]) for _, found in kept] == [2, 2, 1]
-    again = []
-    rest = evaluate(run, documents, methods, 2, finished=[kept[0][1], kept[1][1]], keep=lambda number, found: again.append(number))
-    assert again == [2] and rest == whole
+    again, measured = [], []
+    monkeypatch.setattr(run, "prefill", lambda items: measured.append(len(items)) or Evaluator.prefill(run, items))
+    rest = evaluate(run, documents, methods, 2, finished=dict(kept[:2]), keep=lambda number, found: again.append(number))
+    assert (again, measured) == ([0, 1, 2], [1]) and rest == whole
+    [some] = evaluate(run, documents, methods, 2, numbers=[0, 2])
+    assert some.outcomes == [*kept[0][1][0], *kept[2][1][0]]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

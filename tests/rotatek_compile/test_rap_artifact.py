@@ -84,8 +84,9 @@ def test_wrong_sections(folder, change, words):
 
 
 def test_both_sections_and_none(folder):
-    edit(folder, lambda config: config.update(rotatek={}))
-    refused(folder, "both a section rap and a section rotatek")
+    """Both are of `rap+rotatek` (test_compile_stacked.py), which has tensors for both."""
+    edit(folder, lambda config: config.update(rotatek={"text_only": True, "span": "all"}))
+    refused(folder, "is incomplete: it has no rotatek.safetensors")
     edit(folder, lambda config: (config.pop("rap"), config.pop("rotatek")))
     refused(folder, "section rotatek is missing")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rotatek_compile.comparison import span_share
-from rotatek_compile.errors import RotateKError
+from rotatek_compile.errors import RotateKError, UsageError
 from rotatek_compile.evaluate import Evaluator
-from rotatek_compile.journal import FILE, Journal
+from rotatek_compile.journal import FILE, Journal, Shard
 from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.methods import Methods
 from rotatek_compile.plan import HeadPlan
@@ -34,7 +34,7 @@ def skilled(documents):
 def evaluation(tiny, fake_processor, skilled, make_artifact):
     """Runs dense, the artifact and int4 over five documents in batches of two, both modes; `die_at` prefills it is killed."""
 
-    def run(folder, resume=False, die_at=None, facts=FACTS, names=("int4",)):
+    def run(folder, resume=False, die_at=None, facts=FACTS, names=("int4",), shard=None):
         prefills = []
 
         class Mortal(Evaluator):
@@ -48,9 +48,10 @@ def evaluation(tiny, fake_processor, skilled, make_artifact):
             methods = Methods(active)
             entries = [methods.dense(), methods.compiled(), *methods.chosen(names, (), ())]
             evaluators = [Mortal(tiny, fake_processor, ask, (2,), 4) for ask in ASKS]
-            with Journal(folder, facts, ASKS, [e.label for e in entries], batch_sizes(5, 2), resume) as journal:
+            with Journal(folder, facts, ASKS, [e.label for e in entries], batch_sizes(5, 2), resume, shard) as journal:
                 measured = run_entries(evaluators, entries, skilled, 2, journal=journal)
-        write_results(folder, measured, facts)
+        if shard is None:
+            write_results(folder, measured, facts)
         return measured, prefills
 
     return run
@@ -109,6 +110,37 @@ def test_killed_while_writing_the_first_line(evaluation, tmp_path):
     evaluation(tmp_path, resume=True)
     evaluation(tmp_path / "whole")
     assert (tmp_path / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
+
+
+def test_several_processes_share_an_evaluation(evaluation, tmp_path):
+    """Of three batches one process takes the first and last, the other the second; one that finds no batch does nothing."""
+    evaluation(tmp_path / "whole")
+    shared = tmp_path / "shared"
+    assert len(evaluation(shared, shard=Shard(1, 2))[1]) == 4
+    assert evaluation(tmp_path / "idle", shard=Shard(4, 4))[1] == []
+    with pytest.raises(Killed):
+        evaluation(shared, shard=Shard(2, 2), die_at=2)
+    with pytest.raises(RotateKError, match="documents-1-of-2.jsonl holds an evaluation already; pass --resume"):
+        evaluation(shared)
+    assert len(evaluation(shared, shard=Shard(2, 2), resume=True)[1]) == 1  # the other mode's batch
+    assert evaluation(shared, resume=True)[1] == []
+    assert {name: contents(shared)[name] for name in (FILE, "results.csv")} == contents(tmp_path / "whole")
+
+
+def test_what_no_process_has_measured_is(evaluation, tmp_path):
+    evaluation(tmp_path / "whole")
+    evaluation(tmp_path / "shared", shard=Shard(2, 2))
+    with pytest.raises(RotateKError, match='documents-2-of-2.jsonl was made with data "x", this run has "y"'):
+        evaluation(tmp_path / "shared", resume=True, facts=FACTS | {"data": "y"})
+    assert len(evaluation(tmp_path / "shared", resume=True)[1]) == 4
+    assert contents(tmp_path / "shared")[FILE] == contents(tmp_path / "whole")[FILE]
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1/0", "2", "1/2/3", "a/b", "-1/2", ""])
+def test_which_process_it_is(text):
+    with pytest.raises(UsageError, match=r"is not I/N with 1 <= I <= N; pass 1/4"):
+        Shard.parse(text)
+    assert Shard.parse("2/3") == Shard(2, 3) and list(Shard(2, 3).numbers(9)) == [1, 4, 7]
 
 
 def test_other_evaluations_are_not_mixed(evaluation, tmp_path):

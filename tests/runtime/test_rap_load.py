@@ -17,6 +17,7 @@ from rotatek_compile.errors import ArtifactError, RotateKError
 from rotatek_compile.rap_checkpoint import MODEL_TYPE, write_checkpoint
 from rotatek_compile.rap_reading import patched
 from rotatek_compile.runtime.enable import enable
+from rotatek_compile.runtime.rap_attention import whole_heads
 from rotatek_compile.runtime.rap_load import bytes_of, load_pruned, pruned_artifact
 from rotatek_compile.text_attention import set_text_attention
 
@@ -126,6 +127,24 @@ def test_other_attention_implementations(pruned):
         finally:
             set_text_attention(model, "sdpa")
     assert seen and all(seen)
+
+
+def test_whole_heads_say_the_same(pruned):
+    """Zeros behind the kept channels change no logit; caches get them for these layers alone, and only for so long."""
+    model, _, _, plan = pruned
+    inputs = prompts()
+    _, logits, narrow = said(model, **inputs)
+    with whole_heads(model, (0, 2)):
+        _, found, cache = said(model, **inputs)
+    assert torch.allclose(found, logits, atol=1e-4)
+    kept = [(2 * layer.kept_pairs, layer.value_width) for layer in plan.layers.values()]
+    widths = [[(layer.keys.shape[-1], layer.values.shape[-1]) for layer in one.layers] for one in (narrow, cache, said(model, **inputs)[2])]
+    assert widths == [kept, [(32, 32), kept[1], (32, 32)], kept]
+    for layer, (key, value) in zip(cache.layers, kept, strict=True):
+        assert not layer.keys[..., key:].any() and not layer.values[..., value:].any() and layer.keys[..., :key].any()
+    assert all(
+        torch.equal(layer.keys[..., :n], own.keys) for layer, own, (n, _) in zip(cache.layers[:1], narrow.layers, kept, strict=False)
+    )
 
 
 def test_bytes_beside_those_of_the_base(pruned):
