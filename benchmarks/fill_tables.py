@@ -33,6 +33,8 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
     found["docs/codec.md", "broken"] = [["bench_broken_inputs.py", "--print", file] for file in measured("broken-{}.csv")]
     found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", file] for file in measured("refresh-{}.csv")]
     found["docs/codec.md", "plans"] = [["print_codec.py", "--plans", *measured("plans-{}.json")]]
+    found["docs/codec.md", "plans504"] = [["print_codec.py", "--plans", *measured("plans504-{}.json")]]
+    found["docs/rap.md", "rap"] = [["bench_rap.py", "--print", "rap-text.csv"]]
     found["docs/evidence.md", "rotation"] = [["bench_rotation.py", "--print", file] for file in measured("rotation-{}.json")]
     for marker, script, name in (
         ("subspaces", "bench_subspaces.py", "subspaces.json"),

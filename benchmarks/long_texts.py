@@ -1,4 +1,4 @@
-"""Token sequences that are read piece by piece: pages, and the long texts that follow them."""
+"""Token sequences that are read piece by piece, several at once: pages, and the long texts that follow them."""
 
 from __future__ import annotations
 
@@ -12,34 +12,46 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from rotatek_compile.batches import Encoded, merge_media, positions
+from rotatek_compile.batches import Chunk, Encoded, join, merge_media, pad, positions, refuse_gaps
 from rotatek_compile.placement import input_device
 
 
 class Reader:
-    """Reads one token sequence piece by piece into a cache."""
+    """Reads B token sequences piece by piece into one cache; where they read different numbers of tokens the shorter are left-padded."""
 
-    def __init__(self, model: Any, whole: Encoded, cache: Cache) -> None:
-        self.model, self.whole, self.cache, self.seen = model, whole, cache, 0
+    def __init__(self, model: Any, wholes: Sequence[Encoded], cache: Cache) -> None:
+        self.model, self.wholes, self.cache, self.seen = model, list(wholes), cache, [0] * len(wholes)
         self.device = input_device(model)
+        self.before: Chunk | None = None
 
     def copy(self) -> Reader:
         """The same place with a cache of its own."""
-        other = Reader(self.model, self.whole, copy.deepcopy(self.cache))
-        other.seen = self.seen
+        other = Reader(self.model, self.wholes, copy.deepcopy(self.cache))
+        other.seen, other.before = list(self.seen), self.before
         return other
 
     @torch.inference_mode()
-    def read(self, count: int, page: Encoded | None = None) -> Tensor:
-        """The next `count` tokens, which hold all of a page if one is given; fp64 log-probabilities [count, V] of what follows each."""
-        first, self.seen = self.seen, self.seen + count
-        ids = torch.tensor([self.whole.prompt[first : self.seen]], device=self.device)
-        places = positions([self.whole], [first], torch.ones(1, count, dtype=torch.int64)).to(self.device)
-        media = merge_media([page], self.device, self.model.dtype) if page is not None else {}
-        mask = torch.ones(1, self.seen, dtype=torch.int64, device=self.device)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=self.cache, use_cache=True, **media)
-        logprobs: Tensor = out.logits[0].double().log_softmax(-1)
-        return logprobs
+    def read(self, counts: int | Sequence[int], pages: Sequence[Encoded] = (), last: int | None = None) -> list[Tensor]:
+        """The next `counts` tokens of each sequence, which hold all of its page if pages are given.
+
+        Returns:
+            by sequence, fp64 log-probabilities [its count, V] of what follows each token, or of the `last` tokens alone.
+        """
+        counts = [counts] * len(self.wholes) if isinstance(counts, int) else list(counts)
+        chunk = pad([whole.prompt[at : at + n] for whole, at, n in zip(self.wholes, self.seen, counts, strict=True)], 0)
+        refuse_gaps(self.model.config, chunk, self.before)
+        seen = join(self.before, chunk) if self.before is not None else chunk
+        logits = self.model(
+            input_ids=chunk.ids.to(self.device),
+            attention_mask=seen.mask.to(self.device),
+            position_ids=positions(self.wholes, self.seen, chunk.mask).to(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=last or 0,
+            **(merge_media(pages, self.device, self.model.dtype, chunk) if pages else {}),
+        ).logits
+        self.before, self.seen = seen, [at + n for at, n in zip(self.seen, counts, strict=True)]
+        return [own[-min(n, last or n) :].double().log_softmax(-1) for own, n in zip(logits, counts, strict=True)]
 
 
 def joined(parts: Sequence[Encoded | list[int]]) -> Encoded:
@@ -65,29 +77,42 @@ def question(item: Encoded) -> list[int]:
     return item.prompt[item.visual_end :]
 
 
-def words_of(items: Sequence[Encoded], tokens: int) -> list[int]:
-    """Questions and answers of documents one after the other, as often as it takes."""
-    words = [token for item in items for token in (*question(item), *item.answer[:-1])]
+def words_of(items: Sequence[Encoded], tokens: int, first: int = 0) -> list[int]:
+    """Questions and answers of documents one after the other, from the `first` document on, as often as it takes."""
+    turned = [items[(first + n) % len(items)] for n in range(len(items))]
+    words = [token for item in turned for token in (*question(item), *item.answer[:-1])]
     return (words * (tokens // len(words) + 1))[:tokens]
 
 
-def random_tokens(tokens: int, vocabulary: int, avoid: Iterable[int], seed: int) -> list[int]:
+def random_tokens(tokens: int, vocabulary: int, avoid: Iterable[int], seed: Sequence[int] | int) -> list[int]:
     """Tokens drawn at random."""
     allowed = np.setdiff1d(np.arange(vocabulary), list(avoid))
     drawn: list[int] = np.random.default_rng(seed).choice(allowed, tokens).tolist()
     return drawn
 
 
-def generated(model: Any, page: Encoded, tokens: int, cache: Cache, avoid: Iterable[int], seed: int) -> list[int]:
-    """The question about a page, and what the model writes after it, sampled; `tokens` in all."""
-    draws, text, avoided = np.random.default_rng(seed), question(page), list(avoid)
-    reader = Reader(model, joined([page, text]), cache)
-    reader.read(page.visual_end, page)
-    seen = reader.read(len(text))[-1]
-    while len(text) < tokens:
-        chances = seen.exp().cpu().numpy()
-        chances[avoided] = 0
-        text.append(int(np.searchsorted(chances.cumsum(), draws.random() * chances.sum(), side="right")))
-        reader.whole = joined([page, text])
-        seen = reader.read(1)[-1]
-    return text[:tokens]
+def generated(
+    model: Any, pages: Sequence[Encoded], tokens: int, cache: Cache, avoid: Iterable[int], seeds: Sequence[Sequence[int] | int]
+) -> list[list[int]]:
+    """By page, the question about it and what the model writes after it, sampled at temperature 1; `tokens` in all."""
+    avoided, draws = list(avoid), [np.random.default_rng(seed) for seed in seeds]
+    texts = [question(page) for page in pages]
+    reader = Reader(model, [joined([page, text]) for page, text in zip(pages, texts, strict=True)], cache)
+    reader.read([page.visual_end for page in pages], pages, last=1)
+    seen = reader.read([len(text) for text in texts], last=1)
+    axes = reader.wholes[0].positions
+    while min(map(len, texts)) < tokens:
+        for row, (text, own) in enumerate(zip(texts, seen, strict=True)):
+            chances = own[-1].exp().cpu().numpy()
+            chances[avoided] = 0
+            text.append(int(np.searchsorted(chances.cumsum(), draws[row].random() * chances.sum(), side="right")))
+            whole = reader.wholes[row]
+            numbers = None if axes is None or whole.positions is None else _one_more(whole.positions)
+            reader.wholes[row] = replace(whole, prompt=[*whole.prompt, text[-1]], positions=numbers)
+        seen = reader.read(1)
+    return [text[:tokens] for text in texts]
+
+
+def _one_more(numbers: Tensor) -> Tensor:
+    """Positions [A, T] and that of a token more."""
+    return torch.cat([numbers, (numbers.max() + 1).expand(numbers.shape[0], 1)], 1)

@@ -4,15 +4,12 @@ import csv
 import importlib.util
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sparse_pages
-import torch
 from PIL import Image
-from transformers.cache_utils import DynamicCache
 
 from rotatek_compile.calibration_data.sample import Sample
 from rotatek_compile.errors import RotateKError
@@ -30,7 +27,7 @@ def script(name):
     return module
 
 
-codec, broken, refresh, printer = (script(name) for name in ("bench_codec", "bench_broken_inputs", "bench_refresh", "print_codec"))
+codec, broken, printer = (script(name) for name in ("bench_codec", "bench_broken_inputs", "print_codec"))
 
 
 def suite_row(method, span, kl, budget="", ask="after", skill="all"):
@@ -102,42 +99,6 @@ def test_a_lost_answer_must_be_said(right, fell, warned, good):
     assert (row["deviation"], row["usual_deviation"], row["angle"]) == (2.0, 1.5, 20.0)
     unsaid = [n for n in range(right, 50) if n not in fell and n not in warned]
     assert row["silent_loss"] == pytest.approx(len(unsaid) / 50)
-
-
-def encoded(prompt, end, places=None):
-    sample = Sample(id="1", images=(), question="q", answers=("a",))
-    return refresh.Encoded(sample, prompt, [9], end, {}, places)
-
-
-def test_pages_and_text_become_one_sequence():
-    a, b = encoded([5, 5, 1, 2], 2), encoded([5, 5, 5, 3], 3)
-    whole = refresh.joined([a, [7, 8], b])
-    assert whole.prompt == [5, 5, 7, 8, 5, 5, 5] and whole.positions is None
-    places = torch.tensor([[0, 0, 2, 3], [0, 1, 2, 3]])
-    numbered = refresh.joined([replace(a, positions=places), [7, 8], replace(a, positions=places)])
-    assert numbered.positions.tolist() == [[0, 0, 2, 3, 4, 4], [0, 1, 2, 3, 4, 5]]
-    assert refresh.question(a) == [1, 2]
-
-
-def test_divergence_and_texts():
-    dense, got = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).double().log(), torch.tensor([[0.5, 0.5], [0.1, 0.9]]).double().log()
-    assert refresh.divergence(dense, got).tolist() == pytest.approx([0, 0.8 * np.log(9)])
-    assert refresh.words_of([encoded([5, 1, 2], 1)], 5) == [1, 2, 1, 2, 1]
-    drawn = refresh.random_tokens(40, 20, (5, 9), 0)
-    assert len(drawn) == 40 and not {5, 9} & set(drawn) and max(drawn) < 20
-
-
-def test_the_models_own_words(tiny, documents):
-    page = documents[0]
-    likely = refresh.generated(tiny, page, 12, DynamicCache(config=tiny.config.get_text_config(decoder=True)), range(3, 60), 0)
-    asked = page.prompt[page.visual_end :]
-    assert likely[: len(asked)] == asked and len(likely) == 12 and not set(likely[len(asked) :]) & set(range(3, 60))
-    with torch.no_grad():  # the last token drawn is the one that the seed points at in the plain model's distribution
-        ids = torch.tensor([page.prompt + likely[len(asked) : -1]])
-        chances = tiny(input_ids=ids, **page.media).logits[0, -1].double().softmax(-1).numpy()
-    chances[list(range(3, 60))] = 0
-    draws = np.random.default_rng(0).random(12 - len(asked))
-    assert likely[-1] == np.searchsorted(chances.cumsum(), draws[-1] * chances.sum(), side="right")
 
 
 def write(file, rows):
@@ -224,24 +185,6 @@ def test_nearly_blank_pages():
         paper = np.median(grey)
         rows = (np.abs(grey - paper) > 60).any(1)
         assert 0 < rows.mean() < 0.15 and len(sample.answers[0]) >= 3  # two lines of twenty, and blank paper
-
-
-def test_parts_of_a_table_are_put_together(tmp_path, capsys, monkeypatch):
-    about = {"model": "m", "kv_budget": "0.0625", "device": "d", "dtype": "f", "torch": "1", "transformers": "2", "tokens": "32"}
-    long = about | {"kind": "long text", "what": "random tokens", "agreement": "0.5", "span": "0.06", "opened": "2", "fallback_heads": "0"}
-    long |= {f"kl_{n}": "0.001" for n in (1, 2, 3, 4)}
-    write(tmp_path / "a.csv", [long | {"refresh": "off"}])
-    write(tmp_path / "b.csv", [long | {"refresh": "on, own bases too"}])
-    files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
-    monkeypatch.setattr(sys, "argv", ["bench_refresh.py", "--print", *files, "--output", str(tmp_path / "all.csv")])
-    assert refresh.main() == 0
-    said = capsys.readouterr().out
-    assert "| random tokens | off | 1.0e-03 |" in said and "| random tokens | on, own bases too | 1.0e-03 |" in said
-    with (tmp_path / "all.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [row["refresh"] for row in rows] == ["off", "on, own bases too"] and list(rows[0]) == list(refresh.FIELDS)
-    monkeypatch.setattr(sys, "argv", ["bench_refresh.py", "--print", str(tmp_path / "none.csv")])
-    assert refresh.main() == 1 and "No such file" in capsys.readouterr().err
 
 
 def test_another_table_is_refused(tmp_path):
