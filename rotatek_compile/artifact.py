@@ -208,13 +208,15 @@ def read_artifact(path: str | Path) -> Artifact:
     if method.text_only != geometry.text_only and method.rival is None:
         ids = list(geometry.visual_token_ids)
         raise ArtifactError(f"{where}: text_only is {method.text_only} but visual_token_ids are {ids}; compile the artifact again")
+    if "rap" not in config and RAP_FILE in config["files"]:  # else codes for a pruned model would be used on the base model
+        raise ArtifactError(f"{where} has no section rap, but files names {RAP_FILE}; {AGAIN}")
     tensors = read_tensors(path, config["files"], geometry, method, config["format_version"])
     section = None
     if "rap" in config:
         section = read_section(config["rap"], where, geometry)
         if method.rival is not None:
             raise ArtifactError(f"{where}: rival is {shown(method.rival)} beside section rap, and only our own goes with it; {AGAIN}")
-        check_narrow(tensors, geometry, section, str(path / TENSOR_FILE))
+        check_narrow(tensors, geometry, section, method.basis, str(path / TENSOR_FILE))
         tensors = tensors | read_pairs(path, config["files"], geometry, section)
     report = read_json(path, REPORT_FILE, MAX_REPORT) if os.path.lexists(path / REPORT_FILE) else {}
     about = (config["base_model"], config["calibration"], report, config.get("libraries", {}), path)

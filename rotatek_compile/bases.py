@@ -19,6 +19,7 @@ from torch import Tensor
 from .names import BASES
 
 MAX_CONDITION = 1e4
+RIDGE = 1e-4  # of the mean variance, which the published basis adds to every direction
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def paper(covariance: Tensor, query_norms: Tensor) -> Basis:
     norms = query_norms.double()
     norms = norms.clamp_min(1e-12).maximum(1e-3 * norms.median(-1, keepdim=True).values)
     weighted = covariance.double() * norms.unsqueeze(-1) * norms.unsqueeze(-2)
-    ridge = 1e-4 * weighted.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = RIDGE * weighted.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(weighted.shape[-1], dtype=weighted.dtype, device=weighted.device)
     spectrum, directions = symmetric_eigen(weighted + ridge[:, None, None] * eye)
     return Basis(directions, directions.clone(), spectrum)

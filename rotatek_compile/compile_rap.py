@@ -164,16 +164,16 @@ def plan_pruning(options: CompileOptions, prepared: CompilePlan) -> Planned:
     record = loaded.record | {"documents": len(used), "kept_aside": aside}
     plan, seconds = _plan(options, prepared, model, used, base, record, pad_id)
     assert options.keep_ratio is not None and options.rap_score is not None and options.rap_budget is not None
+    before = time.perf_counter()
+    trained = recovered(options, model, plan, geometry, used, pad_id) if options.recover else {}
     section = RapSection.of(
         plan,
         keep_ratio=options.keep_ratio,
         score=options.rap_score,
         budget=options.rap_budget,
         repair=options.repair,
-        recover=options.recover or 0,
+        recover=(options.recover or 0) if trained else 0,
     )
-    before = time.perf_counter()
-    trained = recovered(options, model, plan, geometry, used, pad_id) if options.recover else {}
     seconds |= {"recovery": time.perf_counter() - before} if options.recover else {}
     dense, reference = counted(model, geometry), [logprobs(model, [item], geometry, pad_id) for item in checked]
     return Planned(
@@ -267,7 +267,7 @@ def pruned_copy(model: Any, plan: RapPlan, geometry: Geometry) -> Any:
 def recovered(
     options: CompileOptions, model: nn.Module, plan: RapPlan, geometry: Geometry, items: Sequence[Encoded], pad_id: int
 ) -> dict[tuple[int, str], Tensor]:
-    """Attention weights after `--recover` steps of distillation, by (layer, "q_proj.weight" and the like), on the CPU."""
+    """Attention weights after `--recover` steps of distillation, by (layer, "q_proj.weight" and the like), on the CPU; {} if in vain."""
     from .rap_recover import recover
 
     assert options.recover is not None
@@ -281,6 +281,7 @@ def recovered(
             f"it is left as it was",
             stacklevel=2,
         )
+        return {}
     return {
         (i, name): tensor.detach().cpu()
         for i, (_, module) in attention_modules(pruned).items()

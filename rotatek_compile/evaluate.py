@@ -118,7 +118,8 @@ class Evaluator:
         """Teacher-forced, then generated where that does not tell already what would be.
 
         A greedy answer equals the reference exactly if, given the reference, the likeliest token is its next one at each place, its end
-        included. All methods are counted with the same tokens in the cache: those of the reference answers.
+        included. Not so where text is coded in between: read at once, all of it was seen raw. All methods are counted with the same tokens
+        in the cache: those of the reference answers.
         """
         items, prefix, rest = prefilled.items, prefilled.chunk, prefilled.rest
         read = copy.deepcopy(cache)
@@ -126,17 +127,24 @@ class Evaluator:
         tokens = [n + len(r) + len(item.answer) - 1 for n, r, item in zip(prefix.mask.sum(1).tolist(), rest, items, strict=True)]
         sizes = bytes_of(self.model, read, sum(tokens))
         del read
-        generated = [item.answer[: self.max_new_tokens] for item in items]
-        open_rows = [row for row, own in enumerate(logprobs) if own.argmax(-1).tolist() != items[row].answer]
+        generated = [self._to_end(item.answer[: self.max_new_tokens]) for item in items]
+        more = [len(r) + len(item.answer) for r, item in zip(rest, items, strict=True)]
+        coded = cache.codes_text(more) if isinstance(cache, RotateKCache) else [False] * len(items)
+        open_rows = [row for row, own in enumerate(logprobs) if coded[row] or own.argmax(-1).tolist() != items[row].answer]
         if open_rows:
             cache = copy.deepcopy(cache)  # what was said of the whole batch stays with the caller's
             if len(open_rows) < len(items):
-                cache.batch_select_indices(prefilled.logits.new_tensor(open_rows).long())
+                cache.batch_select_indices(torch.tensor(open_rows, device=prefilled.logits.device))
             some = Chunk(prefix.ids[open_rows], prefix.mask[open_rows])
             asked, first = [items[row] for row in open_rows], prefilled.logits[open_rows]
             for row, own in zip(open_rows, self._greedy(asked, [rest[row] for row in open_rows], some, cache, first), strict=True):
                 generated[row] = own
         return Answered(logprobs, generated, sizes, tokens)
+
+    def _to_end(self, ids: list[int]) -> list[int]:
+        """Up to the first token that ends an answer."""
+        end = next((n for n, token in enumerate(ids) if token in self.eos), len(ids))
+        return ids[: end + 1]
 
     def _forced(self, prefilled: Prefilled, cache: Cache) -> list[Tensor]:
         """Log-probabilities of every reference answer, its end included; the cache takes the question and the answers."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import RotateKError, UsageError
 from .outcomes import Outcome
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FILE = "documents.jsonl"
 SHARDS = "documents-*-of-*.jsonl"
+SHARD = re.compile(r"documents-([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})\.jsonl")
 Batch = list[list[Outcome]]  # per method, per document
 
 
@@ -97,6 +98,7 @@ class Journal:
             directory.mkdir(parents=True, exist_ok=True)
             there = self.file.read_bytes() if self.file.exists() else b""
             others = sorted(directory.glob(SHARDS)) if shard.count == 1 else []
+            parts = {other: _shard_of(other) for other in others}
             if (there or others) and not resume:
                 held = self.file if there else others[0]
                 raise RotateKError(f"{held} holds an evaluation already; pass --resume to go on with it, or another --output")
@@ -105,8 +107,9 @@ class Journal:
             end = self._read(self.file, there, header, self.numbers, self.finished) if b"\n" in there else 0
             for other in others:
                 if b"\n" in (data := other.read_bytes()):
-                    self._read(other, data, header, _shard_of(other).numbers(len(self.sizes)), self.shared)
-            self.stream = self.file.open("r+b" if there else "wb")
+                    self._read(other, data, header, parts[other].numbers(len(self.sizes)), self.shared)
+            self.stream = self.file.open("a+b")
+            _lock(self.stream, self.file, there)
             self.stream.truncate(end)
             self.stream.seek(end)
             if resume and not there and not others:
@@ -176,8 +179,37 @@ class Journal:
 
 
 def _shard_of(file: Path) -> Shard:
-    """Which process wrote a file, by its name."""
-    return Shard.parse("/".join(file.stem.removeprefix("documents-").split("-of-")))
+    """Which process wrote a file, by its name.
+
+    Raises:
+        RotateKError: none has such a name.
+    """
+    found = SHARD.fullmatch(file.name)
+    if found is None or int(found[1]) > int(found[2]):
+        raise RotateKError(f"{file} is not what a process I of N writes, documents-I-of-N.jsonl; move it away, or choose another --output")
+    return Shard(int(found[1]), int(found[2]))
+
+
+def _lock(stream: IO[bytes], file: Path, there: bytes) -> None:
+    """Keep other processes from the same file until it is closed, also by a crash.
+
+    Raises:
+        RotateKError: one has it, or has written to it since it was read.
+    """
+    busy = f"another rotatek-eval is writing {file}; wait for it, or choose another --output"
+    try:
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise RotateKError(busy) from error
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        return
+    stream.seek(0)
+    if stream.read() != there:
+        stream.close()
+        raise RotateKError(busy)
 
 
 def _short(value: Any) -> str:

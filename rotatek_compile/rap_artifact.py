@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .artifact_config import AGAIN, MAX_HEAD_DIM, MAX_TOKENS, Method
 from .artifact_tensors import header_of, load_checked
+from .bases import RIDGE
 from .errors import ArtifactError
 from .geometry import Geometry
 from .names import RAP, RAP_BUDGETS, RAP_SCORES
@@ -169,11 +170,11 @@ def pruned_part(artifact: Artifact) -> Artifact:
     return replace(artifact, method=artifact.rap.method(), report=report, calibration=calibration)
 
 
-def check_narrow(tensors: dict[str, Tensor], geometry: Geometry, section: RapSection, where: str) -> None:
+def check_narrow(tensors: dict[str, Tensor], geometry: Geometry, section: RapSection, basis: str, where: str) -> None:
     """That what was calibrated for a pruned model is of heads as narrow as its own: no means and no energy beyond the kept channels.
 
     Args:
-        tensors: of rotatek.safetensors, checked; `where` names that file.
+        tensors: of rotatek.safetensors, checked, in this basis; `where` names that file.
 
     Raises:
         ArtifactError: it was calibrated for wider heads.
@@ -186,7 +187,10 @@ def check_narrow(tensors: dict[str, Tensor], geometry: Geometry, section: RapSec
             if layer != str(i) or side not in kept or part not in ("mean", "spectrum"):
                 continue
             beyond = tensor[:, kept[side] :].abs()
-            least = NOTHING * float(tensor.abs().max()) if part == "spectrum" else 0.0  # eigenvalues of zero are found up to rounding
+            least = 0.0
+            if part == "spectrum":  # eigenvalues of zero are found up to rounding; the published basis adds to all of them
+                ridge = 1.01 * RIDGE * float(tensor.mean(-1).max()) if basis == "paper" else 0.0
+                least = NOTHING * float(tensor.max()) + ridge
             if bool((beyond > least).any()):
                 words = f"{int((beyond > least).any(0).sum())} channels beyond the {kept[side]} that section rap keeps"
                 raise ArtifactError(f"{where}: tensor {name} is not zero in {words}; {AGAIN}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 
 from ..errors import RotateKError, UsageError
 from ..geometry import FULL_ATTENTION
+from ..kernels.table import BLOCK
 from .backends import Backend
 from .cache_layer import RotateKLayer
 from .coder import Coder
@@ -91,6 +93,16 @@ class RotateKCache(Cache):
     def tokens(self) -> list[int]:
         """Tokens that each sequence holds, padding left out."""
         return next((layer.real.tolist() for layer in self.layers if isinstance(layer, RotateKLayer) and layer.is_initialized), [])
+
+    def codes_text(self, more: Sequence[int]) -> list[bool]:
+        """By row, whether text is coded while so many more tokens of it come one by one: in one call they see all of it raw."""
+        for layer in self.layers:
+            if isinstance(layer, RotateKLayer) and layer.is_initialized and layer.prepared.method.span == "all":
+                window = layer.prepared.method.window
+                over = [int(held) - window for held in layer.store.window.host]
+                left = [n % BLOCK if n >= BLOCK else n for n in over]  # the next call codes the rest before it reads, whatever its length
+                return [n + length >= BLOCK for n, length in zip(left, more, strict=True)]
+        return [False] * len(more)
 
     def fork(self) -> RotateKCache:
         """A cheap copy that shares codes, scales, means and bases; both go on independently (fork.py)."""

@@ -124,6 +124,11 @@ def _check(options: dict[str, Any]) -> None:
         raise UsageError("--suite and --method contradict each other; choose one")
     if options["also"] and options["suite"] is None:
         raise UsageError("--also adds calibrations to a suite; choose one with --suite")
+    if options["shard"] is not None:
+        from ..journal import Shard
+
+        if Shard.parse(options["shard"]).count == 1:
+            options["shard"] = None  # one process of one
     if options["shard"] and (options["plot"] or options["write_card"] or options["as_json"]):
         raise UsageError("--shard measures a part; leave --plot, --write-card and --json to the run that puts all together")
     if options["quick"] and options["num_samples"] is not None:

@@ -239,6 +239,15 @@ def test_a_text_model_with_sliding_layers(tmp_path, write_data, drawn):
     assert not torch.equal(logits[:, 1:], exact[:, 1:])
 
 
+def test_the_published_basis(wide, data_file, tmp_path, drawn):
+    """It adds a ridge to every direction, those of channels that are gone too."""
+    compiled_to(tmp_path / "paper", wide, data_file, keep_ratio=0.6, basis="paper")
+    spectrum = read_artifact(tmp_path / "paper").tensors["layers.1.visual.key_spectrum"]
+    assert 0 < float(spectrum[:, 80:].max()) <= 1.01e-4 * float(spectrum.mean())
+    edit_tensors(tmp_path / "paper", lambda tensors: tensors["layers.1.visual.key_spectrum"][:, 80:].mul_(2))
+    assert "key_spectrum is not zero in 48 channels beyond the 80 that" in refused(tmp_path / "paper")
+
+
 def test_run_and_eval(stacked, data_file, page, cli, tmp_path):
     summary, folder = stacked
     ask = ("--image", page, "--prompt", "What?", "--max-new-tokens", 4, "--device", "cpu", "--json")
@@ -393,6 +402,7 @@ def test_contradictions_are_refused(copy, whole):
     )
     assert "rival is 'rap', which has a section of its own" in said(lambda config: config["rotatek"].update(rival="rap"))
     assert "no section rotatek, but files names rotatek.safetensors" in said(without("rotatek"))
+    assert "no section rap, but files names rap.safetensors" in said(without("rap"))
     assert "was changed after it was written" in said(lambda config: config["files"].pop("rap.safetensors") and None)
     wider = said(lambda config: config["rap"]["layers"][0].update(value_width=24))
     assert "value_mean is not zero in 8 channels beyond the 24 that section rap keeps" in wider

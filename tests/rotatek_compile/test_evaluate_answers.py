@@ -1,12 +1,16 @@
 """Answers that are known from the teacher-forced pass are those that generating would give, and only the others are generated."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rotatek_compile.evaluate import Evaluator, evaluate
+from rotatek_compile.batches import Chunk
+from rotatek_compile.evaluate import Evaluator, Prefilled, evaluate
+from rotatek_compile.methods import Methods
 from rotatek_compile.runtime.enable import enable
+from rotatek_compile.token_entries import token_entries
 
 NEW = 6
 
@@ -65,3 +69,63 @@ def test_an_answer_longer_than_may_be_generated_is_cut(tiny, fake_processor, doc
     assert len(items[0].answer) > 2
     with torch.inference_mode():
         assert run.answer(items[:1], run.dense_cache()).generated == [generated_by(run, items[0], run.dense_cache())]
+
+
+def test_text_that_is_coded_between_question_and_answer_is_generated(tiny, fake_processor, documents, make_artifact):
+    """Read at once, the question and the answer see all text raw; token by token the window moves on, and its oldest text is coded."""
+    free, draw = Evaluator(tiny, fake_processor, "after", (-1,), 4), torch.Generator().manual_seed(3)
+    asked = torch.randint(60, 90, (3, 150), generator=draw).tolist()
+    with enable(tiny, make_artifact([[0, 8]] * 3, span="all"), backend="torch") as enabled:
+        wrong = 0
+        for item, question in zip(documents, asked, strict=False):
+            item, answer = replace(item, prompt=item.prompt + question), []
+            for _ in range(4):  # a reference that the teacher-forced pass agrees with
+                read = free.answer([replace(item, answer=[*answer, 0])], enabled.new_cache())
+                answer.append(int(read.logprobs[0][-1].argmax()))
+            wanted = generated_by(free, item, enabled.new_cache())
+            wrong += wanted != answer
+            assert free.answer([replace(item, answer=answer)], enabled.new_cache()).generated == [wanted]
+        assert wrong
+        cache = enabled.new_cache()
+        assert cache.codes_text([500]) == [False]
+        free.answer(documents[:1], cache)
+        held = int(cache.layers[0].store.window.host[0])  # the window is of 32 tokens, blocks are of 64
+        assert cache.codes_text([95 - held]) == [False] and cache.codes_text([96 - held]) == [True]
+    with enable(tiny, make_artifact([[0, 8]] * 3), backend="torch") as enabled:
+        cache = enabled.new_cache()
+        free.answer(documents[:1], cache)
+        assert cache.codes_text([500]) == [False]  # raw text stays raw
+
+
+def test_nothing_follows_the_end_of_an_answer(tiny, fake_processor):
+    run = Evaluator(tiny, fake_processor, "after", (7, 9), 4)
+    assert run._to_end([1, 9, 2, 7]) == [1, 9] and run._to_end([1, 2]) == [1, 2] and run._to_end([7]) == [7]
+
+
+def test_rows_are_selected_by_whole_numbers(tiny, fake_processor, monkeypatch):
+    """The logits' dtype has no 257."""
+    run, picked = Evaluator(tiny, fake_processor, "with", (2,), 4), []
+    sample = SimpleNamespace(answer=[2])
+    prefilled = Prefilled(
+        [sample] * 300, Chunk(*torch.ones(2, 300, 1).long()), [[]] * 300, torch.zeros(300, 1, 4, dtype=torch.bfloat16), None
+    )
+    right, wrong = torch.eye(4)[2:3], torch.eye(4)[1:2]
+    monkeypatch.setattr(Evaluator, "_forced", lambda self, *_: [wrong if row in (257, 299) else right for row in range(300)])
+    monkeypatch.setattr(Evaluator, "_greedy", lambda self, items, *_: [[3]] * len(items))
+    monkeypatch.setattr("rotatek_compile.evaluate.bytes_of", lambda *_: None)
+    cache = SimpleNamespace(batch_select_indices=lambda rows: picked.extend(rows.tolist()))
+    monkeypatch.setattr("copy.deepcopy", lambda one: one)
+    assert run._answer(prefilled, cache).generated[256:258] == [[2], [3]] and picked == [257, 299]
+
+
+@pytest.mark.parametrize("selected", [None, "snapkv", "fastv"])
+def test_rivals_and_chosen_tokens_as_generated(tiny, fake_processor, documents, make_artifact, selected):
+    """Rows that are generated come from a cache of fewer rows, with what each rival and each choice of tokens keeps beside it."""
+    items, ends = answered_by_the_model(tiny, fake_processor, documents, "after")
+    run = Evaluator(tiny, fake_processor, "after", ends, NEW)
+    with enable(tiny, make_artifact([[8, 24], [0, 16], [8, 8]]), backend="torch") as enabled:
+        methods, names = Methods(enabled), ("int4", "kivi2", "hadamard4", "fp8")
+        entries = token_entries(methods, names[:2], (), (), (selected,), (0.5,)) if selected else methods.chosen(names, (), ())
+        makers = {"dense": methods.dense().make} | {entry.label: entry.make for entry in entries}
+        wanted = {name: [run.text(generated_by(run, item, make())) for item in items] for name, make in makers.items()}
+        assert {row.method: row.texts for row in evaluate(run, items, makers, 3)} == wanted and len(makers) > 2

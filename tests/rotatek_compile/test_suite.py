@@ -136,6 +136,43 @@ def test_what_no_process_has_measured_is(evaluation, tmp_path):
     assert contents(tmp_path / "shared")[FILE] == contents(tmp_path / "whole")[FILE]
 
 
+@pytest.mark.parametrize(
+    "name", ["documents-x-of-y.jsonl", "documents-3-of-2.jsonl", "documents-0-of-2.jsonl", "documents-1-of-2-of-2.jsonl"]
+)
+def test_a_file_that_no_process_wrote_is_named(tmp_path, name):
+    (tmp_path / name).write_text("precious\n")
+    with pytest.raises(RotateKError, match=f"{name} is not what a process I of N writes, documents-I-of-N.jsonl; move it away"):
+        Journal(tmp_path, FACTS, ASKS, ["dense"], [1], resume=True)
+    assert contents(tmp_path) == {name: b"precious\n"}
+    with Journal(tmp_path, FACTS, ASKS, ["dense"], [1, 1], False, Shard(1, 2)):  # reads no other's file
+        pass
+
+
+def test_two_runs_at_once(evaluation, tmp_path):
+    """The second would cut off what the first writes; once that is gone, by whatever end, it may go on."""
+    with Journal(tmp_path, FACTS, ASKS, ["dense"], [1, 1], False, Shard(1, 2)) as first:
+        before = first.file.read_bytes()
+        with pytest.raises(RotateKError, match="another rotatek-eval is writing .*documents-1-of-2.jsonl; wait for it"):
+            Journal(tmp_path, FACTS, ASKS, ["dense"], [1, 1], True, Shard(1, 2))
+        assert first.file.read_bytes() == before
+        with Journal(tmp_path, FACTS, ASKS, ["dense"], [1, 1], False, Shard(2, 2)):
+            pass
+    with Journal(tmp_path, FACTS, ASKS, ["dense"], [1, 1], True, Shard(1, 2)) as again:
+        assert again.file.read_bytes() == before
+
+
+def test_parts_of_other_numbers_of_processes(evaluation, tmp_path):
+    """Halves and thirds of one evaluation, one of them torn, go together as far as they go."""
+    evaluation(tmp_path / "whole")
+    shared = tmp_path / "shared"
+    evaluation(shared, shard=Shard(1, 2))
+    evaluation(shared, shard=Shard(2, 3))
+    torn = shared / "documents-1-of-2.jsonl"
+    torn.write_bytes(torn.read_bytes()[:-5])
+    assert len(evaluation(shared, resume=True)[1]) == 1  # the last batch of the second mode
+    assert {name: contents(shared)[name] for name in (FILE, "results.csv")} == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1/0", "2", "1/2/3", "a/b", "-1/2", ""])
 def test_which_process_it_is(text):
     with pytest.raises(UsageError, match=r"is not I/N with 1 <= I <= N; pass 1/4"):
