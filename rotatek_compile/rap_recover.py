@@ -28,7 +28,7 @@ from .rereading import decoder_layers
 RANK, ALPHA, DROPOUT, TEMPERATURE = 8, 16, 0.05, 2.0
 RATE = 1e-3  # peak learning rate; the paper names none
 WARMUP = 0.05  # share of the steps
-HELD_OUT = 8  # every so manieth document says when to stop
+HELD_OUT = 8  # one document in so many says when to stop
 CHECKS = 10  # times that it is asked
 
 
@@ -77,9 +77,9 @@ def recover(
         trained = [p for p in adapted.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
         bar = tqdm(total=steps, desc="recovery", unit="step", disable=None if not quiet else True, leave=False)
-        first = nearest = _distance(adapted, dense, held_out, batch_size, geometry, pad_id)
         best = [p.detach().clone() for p in trained]
         try:
+            first = nearest = _distance(adapted, dense, held_out, batch_size, geometry, pad_id)
             for step, items in zip(range(steps), _drawn(taught, batch_size, seed), strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * schedule(step, steps)

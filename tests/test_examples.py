@@ -6,7 +6,6 @@ is named in ELSEWHERE. What takes a launcher, many documents or a GPU is in test
 
 import ast
 import importlib.util
-import inspect
 import json
 import re
 import subprocess
@@ -337,31 +336,6 @@ def test_hub():
 def test_rivals(command, compiled):
     Path("artifact").symlink_to(compiled)
     play("docs/rivals.md", {"rotatek": command}, {})
-
-
-@pytest.mark.parametrize("page", reading.pages())
-def test_named_files_are_there(page):
-    for name in set(reading.named_paths(page)):
-        places = [ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"tools/*/{name}")]
-        assert any(place.exists() for place in places), f"{page} names {name}, which does not exist"
-
-
-@pytest.mark.parametrize("page", reading.pages())
-def test_named_functions_and_extras(page):
-    """`rotatek_compile.NAME(...)` in a sentence has such a function and arguments; `[EXTRA]` of an installation is declared."""
-    import rotatek_compile
-
-    for span in reading.spans(page):
-        if span.startswith("rotatek_compile."):
-            for node in ast.walk(ast.parse(span, mode="eval")):
-                if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "rotatek_compile":
-                    assert hasattr(rotatek_compile, node.attr), (page, span)
-                if isinstance(node, ast.Call) and getattr(getattr(node.func, "value", None), "id", "") == "rotatek_compile":
-                    taken = inspect.signature(getattr(rotatek_compile, node.func.attr)).parameters
-                    assert {keyword.arg for keyword in node.keywords} <= taken.keys(), (page, span)
-        for names in re.findall(r"'[\w.-]+\[([\w,]+)\]'", span):
-            declared = (ROOT / "setup.cfg").read_text(encoding="utf-8").split("[options.extras_require]")[1]
-            assert all(re.search(rf"^{name} = |^{name} =$", declared, re.MULTILINE) for name in names.split(",")), (page, span)
 
 
 @pytest.mark.filterwarnings("ignore")
