@@ -31,7 +31,6 @@ import transformers
 from rotatek_compile.allocate import random_plan
 from rotatek_compile.api import base_source
 from rotatek_compile.artifact import Artifact, read_artifact
-from rotatek_compile.bases import Basis
 from rotatek_compile.batches import Encoded, end_ids, rope_index
 from rotatek_compile.calibrate import MomentStore, calibrate
 from rotatek_compile.calibration_data.registry import open_data
@@ -160,7 +159,7 @@ def known_of(model: Any, geometry: Geometry, seen: Documents, pad_id: int, artif
     used, read, checked = shared_out(seen, args.sensitivity_samples)
     rows = geometry.rows_at_once(args.batch_size)
     if artifact is not None:
-        bases = bases_in(artifact)
+        bases = {side: {i: artifact.basis(i, artifact.method.kinds[0], side) for i in geometry.compressible} for side in SIDES}
     else:
         with tempfile.TemporaryDirectory() as scratch:
             moments = calibrate(model, used, geometry, MomentStore({}, Path(scratch)), args.batch_size, False, pad_id, quiet=True)
@@ -174,17 +173,6 @@ def known_of(model: Any, geometry: Geometry, seen: Documents, pad_id: int, artif
         spectra = {side: {i: basis.spectrum for i, basis in bases[side].items()} for side in SIDES}
         costs = Costs.of(geometry, levels, {"key": measured.key, "value": measured.value}, spectra)
     return Known(cutter, costs, JointCheck(cutter, prefilled(cutter, checked or read, rows)))
-
-
-def bases_in(artifact: Artifact) -> dict[str, dict[int, Basis]]:
-    """Calibrated bases by side and layer, as an artifact has them: without `decode`, which is the inverse of `encode`, transposed."""
-    kind, found = artifact.method.kinds[0], {side: dict[int, Basis]() for side in SIDES}
-    for side in SIDES:
-        for i in artifact.geometry.compressible:
-            encode = artifact.tensors[f"layers.{i}.{kind}.{side}_encode"].double()
-            spectrum = artifact.tensors[f"layers.{i}.{kind}.{side}_spectrum"].double()
-            found[side][i] = Basis(encode.float(), torch.linalg.inv(encode).mT.float(), spectrum)
-    return found
 
 
 def run_model(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

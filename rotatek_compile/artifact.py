@@ -50,6 +50,7 @@ from .artifact_config import (
     read_method,
 )
 from .artifact_tensors import TENSOR_FILE, read_tensors
+from .bases import Basis
 from .errors import ArtifactError, RotateKError
 from .geometry import Geometry
 from .hub import HubArtifact
@@ -108,6 +109,11 @@ class Artifact:
         """Measured KL of `key` or `value` cut to `method.levels`, fp32 [Hkv, levels] by layer; empty where it was not measured."""
         found = {i: self.tensors.get(f"layers.{i}.{side}_sensitivity") for i in self.geometry.compressible}
         return {i: table for i, table in found.items() if table is not None}
+
+    def basis(self, layer: int, kind: str, side: str) -> Basis:
+        """Calibrated basis of `key` or `value` of a token kind, fp64; `decode` is made here, exactly the inverse of what is stored."""
+        encode, spectrum = (self.tensors[f"layers.{layer}.{kind}.{side}_{name}"].double() for name in ("encode", "spectrum"))
+        return Basis(encode, torch.linalg.inv(encode).mT, spectrum)
 
     def knockout(self) -> dict[int, Tensor]:
         """Measured knock-outs, fp32 [Hkv] by layer; empty for artifacts that have none."""

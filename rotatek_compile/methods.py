@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -314,10 +313,9 @@ def channel_energies(artifact: Artifact) -> dict[int, Tensor] | None:
         prefix = f"layers.{i}.{artifact.method.kinds[0]}.key"
         if f"{prefix}_encode" not in artifact.tensors:  # of a pruned checkpoint, which has no bases
             return None
-        encode, spectrum, mean = (artifact.tensors[f"{prefix}_{name}"].double() for name in ("encode", "spectrum", "mean"))
-        decode = torch.linalg.inv(encode).mT
-        keys = (decode.square() * spectrum.unsqueeze(-2)).sum(-1) + mean.square()
-        found[i] = encode.square().sum(-1) * keys
+        basis, mean = artifact.basis(i, artifact.method.kinds[0], "key"), artifact.tensors[f"{prefix}_mean"].double()
+        keys = (basis.decode.square() * basis.spectrum.unsqueeze(-2)).sum(-1) + mean.square()
+        found[i] = basis.encode.square().sum(-1) * keys
     return found
 
 

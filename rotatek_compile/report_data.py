@@ -196,8 +196,7 @@ def _angles(artifact: Artifact) -> Map:
         rank = max(1, artifact.geometry.layers[i].head_dim // ANGLE_SHARE)
         frames = []
         for kind in ("visual", "text"):
-            decode = torch.linalg.inv(artifact.tensors[f"layers.{i}.{kind}.key_encode"].double()).mT
-            frames.append(torch.linalg.qr(decode[..., :rank]).Q)
+            frames.append(torch.linalg.qr(artifact.basis(i, kind, "key").decode[..., :rank]).Q)
         cosines = torch.linalg.svdvals(frames[0].mT @ frames[1]).clamp(0, 1)
         found[i] = torch.rad2deg(cosines.acos()).numpy()
     return found
