@@ -147,7 +147,8 @@ def measured(args: argparse.Namespace) -> Rows:
                 continue
             done = run_entries(evaluators, [dense, *(entry for _, entry in chosen.values())], items, args.batch_size, args.quiet)
         facts = record_of(resolve(args.model), Path(args.data).name, evaluators[0].device, evaluators[0].dtype)
-        facts |= {"num_samples": args.num_samples, "parameters": sum(p.numel() for p in answering.parameters()), "equal": args.equal}
+        parameters = sum(p.numel() for p in answering.parameters())
+        facts |= {"num_samples": artifact.calibration["num_samples"], "parameters": parameters, "equal": args.equal}
         for one, (share, entry) in zip(done[1:], chosen.values(), strict=True):
             rows.append(facts | {"share": share} | row_of(one.to_json(), artifact, entry))
     return sorted(rows, key=lambda row: -row["share"])
