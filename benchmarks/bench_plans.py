@@ -3,6 +3,7 @@
     python benchmarks/bench_plans.py --output benchmarks/results                                       # both bundled models, on a GPU
     python benchmarks/bench_plans.py --models tiny-llava-next --budgets 0.0625 --plans 8 --documents 9 --num-samples 16   # on a CPU
     python benchmarks/bench_plans.py --artifact ARTIFACT --budgets 0.125 --documents 504 --skip 504        # an hour on a core
+    python benchmarks/bench_plans.py --merge A/plans.json B/plans.json --output ALL       # budgets that were measured one by one
 
 For each model it measures what a compile measures, or takes it from an artifact of so many calibration documents, and for each budget it
 plans as a compile plans (cuts, then a check of the whole plan and swaps). Random plans spend the same budget on KLs that are wrong by
@@ -40,6 +41,7 @@ from rotatek_compile.cost_curves import dense_bytes, plan_bytes, predicted_kl
 from rotatek_compile.cutter import Cutter
 from rotatek_compile.deciding import plan_from
 from rotatek_compile.documents import Documents, usable
+from rotatek_compile.errors import RotateKError
 from rotatek_compile.geometry import Geometry
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, load_model, load_processor, resolve
 from rotatek_compile.plan import SIDES, Plan
@@ -233,11 +235,59 @@ def measured_on(cutter: Cutter, items: Sequence[Encoded], plans: Sequence[Plan],
     return np.concatenate(kl, 1), np.concatenate(tokens)
 
 
+def merged(files: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Results of runs over different models or budgets as those of one run, and the rows of their tables.
+
+    Raises:
+        RotateKError: runs of which anything else differs, or two of the same model and budget.
+    """
+    whole: dict[str, Any] | None = None
+    table: list[dict[str, Any]] = []
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        with file.with_suffix(".csv").open(newline="", encoding="utf-8") as stream:
+            table += list(csv.DictReader(stream))
+        whole = whole or {**found, "models": {}}
+        for key in found.keys() | whole.keys():
+            if key != "models" and found.get(key) != whole.get(key):
+                raise RotateKError(f"{file} is not of the same run as {files[0]}: {key} is {found.get(key)}, not {whole.get(key)}")
+        for model, by_budget in found["models"].items():
+            own = whole["models"].setdefault(model, {})
+            seconds = by_budget.pop("seconds")
+            if twice := own.keys() & by_budget.keys():
+                raise RotateKError(f"{file} has {model} at {', '.join(sorted(twice))} again; merge every budget once")
+            own |= {"seconds": {what: round(own.get("seconds", {}).get(what, 0) + value, 1) for what, value in seconds.items()}} | by_budget
+    assert whole is not None
+    for model, own in whole["models"].items():
+        budgets = sorted((budget for budget in own if budget != "seconds"), key=float, reverse=True)
+        whole["models"][model] = {key: own[key] for key in ("seconds", *budgets)}
+    return whole, sorted(table, key=lambda row: (row["model"], -float(row["budget"])))
+
+
+def save(folder: Path, result: dict[str, Any], table: Sequence[dict[str, Any]]) -> None:
+    """Both files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plans.json").write_text(json.dumps(result, indent=2) + "\n")
+    with (folder / "plans.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def show(models: dict[str, Any]) -> None:
+    """What was found, in words."""
+    for name, found in models.items():
+        print(f"{name}: {found['seconds']}")
+        for budget in (key for key in found if key != "seconds"):
+            print_line(budget, found[budget])
+
+
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny-llava-next", "tiny-qwen3-vl"], help="aliases, paths or Hub ids")
     parser.add_argument("--artifact", type=Path, help="instead of --models: one that was compiled for a KV budget, of as many documents")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="only put these results together, into --output")
     parser.add_argument("--data", default="mixed")
     parser.add_argument("--num-samples", type=int, default=144, help="calibration documents")
     parser.add_argument("--sensitivity-samples", type=int, default=36, help="of them, documents on which heads are cut")
@@ -251,6 +301,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
+    if args.merge:
+        result, table = merged(args.merge)
+        save(args.output, result, table)
+        show(result["models"])
+        return
     if args.artifact:
         args.models = [str(read_artifact(args.artifact).base_model["id"])]
     device = choose_device(args.device)
@@ -265,20 +320,12 @@ def main() -> None:
         "skipped": args.skip,
         "models": {},
     }
-    table: list[dict[str, Any]] = []
+    table = []
     for name in args.models:
         rows, result["models"][name] = run_model(name, args)
         table += rows
-        print(f"{name}: {result['models'][name]['seconds']}")
-        for budget, found in result["models"][name].items():
-            if budget != "seconds":
-                print_line(budget, found)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "plans.json").write_text(json.dumps(result, indent=2) + "\n")
-    with (args.output / "plans.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+        show({name: result["models"][name]})
+    save(args.output, result, table)
 
 
 def print_line(budget: str, found: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
     python benchmarks/bench_rap.py --output benchmarks/results/rap-tiny-llava-next.csv                # mixed; minutes on a GPU
     python tools/train_tiny_text.py --seconds 200 --output TEXT --work WORK
     python benchmarks/bench_rap.py --model TEXT --calib TEXT/calibration.jsonl --data TEXT/evaluation.jsonl --output ...
+    python benchmarks/bench_rap.py --ratios 0.7 --trained published --output ...                      # a ratio by itself, and then
+    python benchmarks/bench_rap.py --merge A.csv B.csv --output benchmarks/results/rap-text.csv
     python benchmarks/bench_rap.py --print benchmarks/results/rap-*.csv
 
 Rows: `score / budget`, what is repaired, and steps of recovery (LoRA distillation, needs peft). Figures on documents of the evaluation
@@ -15,7 +17,6 @@ the logarithm of perplexity. Models with q/k-norm (tiny-qwen3-vl) are refused: d
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import sys
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import record_of, versions, write_csv
+from measuring import read_csv, record_of, versions, write_csv
 from torch import Tensor
 
 from rotatek_compile.batches import Encoded, end_ids, rope_index
@@ -60,6 +61,7 @@ class Way:
 
 PUBLISHED = Way("fisher", "published")
 OURS = Way("logit", "sensitivity", REPAIRS)
+TRAINED = {Way("fisher", "published", (), True): "published", Way("logit", "sensitivity", REPAIRS, True): "ours"}
 WAYS = (
     PUBLISHED,
     Way("fisher-weight", "published"),
@@ -71,8 +73,7 @@ WAYS = (
     Way("fisher", "sensitivity", REPAIRS),
     Way("logit", "sensitivity"),
     OURS,
-    Way("fisher", "published", (), True),
-    Way("logit", "sensitivity", REPAIRS, True),
+    *TRAINED,
 )
 
 
@@ -143,7 +144,7 @@ def measured(
         plans: dict[Way, RapPlan] = {}
         for way in WAYS:
             start = time.perf_counter()
-            if way.trained and not args.recover:
+            if way.trained and (not args.recover or TRAINED[way] not in args.trained):
                 continue
             plain = Way(way.score, way.budget, way.repairs)
             if plain not in plans:
@@ -212,6 +213,27 @@ def closed(row: Mapping[str, Any], ends: Mapping[int, Mapping[str, Any]]) -> str
     return ", ".join(found)
 
 
+def merged(files: Sequence[Path]) -> list[dict[str, str]]:
+    """Rows of runs over different ratios, the largest first; the dense row is that of the first.
+
+    Raises:
+        ValueError: runs of other documents, devices or settings, or a ratio that two of them have.
+    """
+    rows: list[dict[str, str]] = []
+    ratios: set[str] = set()
+    about = ("model", "data", "device", "dtype", "torch", "transformers", "num_samples", "recover", "rates", "documents")
+    for file in files:
+        own = read_csv(file)
+        if rows and any(own[0][key] != rows[0][key] for key in (*about, "perplexity")):
+            raise ValueError(f"{file} is not of the same run as {files[0]}")
+        pruned = [row for row in own if row["way"] != "dense"]
+        if twice := ratios & {row["keep_ratio"] for row in pruned}:
+            raise ValueError(f"{file} has ratio {', '.join(sorted(twice))} again; merge every ratio once")
+        ratios |= {row["keep_ratio"] for row in pruned}
+        rows += pruned if rows else own
+    return sorted(rows, key=lambda row: -float(row["keep_ratio"]))
+
+
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Load, read the calibration documents, measure, and write what is found."""
     source = resolve(args.model)
@@ -248,6 +270,7 @@ def main() -> None:
     """Measure and save, or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print", type=Path, nargs="+", metavar="CSV", dest="files", help="only print these results")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="CSV", help="only put these results together, into --output")
     parser.add_argument("--model", default="tiny-llava-next")
     parser.add_argument("--calib", default="mixed")
     parser.add_argument("--data", default="mixed")
@@ -256,6 +279,7 @@ def main() -> None:
     parser.add_argument("--measured-on", type=int, default=24, help="of them, those that budgets by sensitivity are measured on")
     parser.add_argument("--documents", type=int, default=120, help="evaluation documents")
     parser.add_argument("--recover", type=int, default=300, metavar="STEPS", help="0: no row with training")
+    parser.add_argument("--trained", nargs="+", choices=("published", "ours"), default=["published", "ours"], help="rows with training")
     parser.add_argument("--recover-batch", type=int, default=8)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-4, 1e-4], help="peak learning rates that recovery tries")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -267,10 +291,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.files:
         for file in args.files:
-            with file.open(newline="", encoding="utf-8") as stream:
-                print("\n".join([*lines(list(csv.DictReader(stream))), ""]))
+            print("\n".join([*lines(read_csv(file)), ""]))
         return
-    rows = run(args)
+    if args.merge:
+        rows: list[dict[str, Any]] = list(merged(args.merge))
+        write_csv(args.output, rows)
+    else:
+        rows = run(args)
     print("\n".join(lines([{name: str(value) for name, value in row.items()} for row in rows])))
 
 

@@ -91,3 +91,26 @@ def test_printed_from_a_file(bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_rap.py", "--print", str(file)])
     bench.main()
     assert capsys.readouterr().out.splitlines() == [*bench.lines(rows), ""]
+
+
+def test_runs_over_single_ratios_are_put_together_with_one_dense_row(bench, tmp_path):
+    def file(name, ratio, **changes):
+        dense = row(bench, "dense", "", 0, 0, 5) | {"keep_ratio": "1.0", "num_samples": "8", "rates": "0.001"}
+        pruned = row(bench, "fisher / published", "", 0, 1, 6) | {"keep_ratio": ratio, "num_samples": "8"}
+        path = tmp_path / name
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(dense))
+            writer.writeheader()
+            writer.writerows([dense | changes, pruned | changes])
+        return path
+
+    some = [file("a.csv", "0.6"), file("b.csv", "0.8")]
+    assert [(r["keep_ratio"], r["way"]) for r in bench.merged(some)] == [
+        ("1.0", "dense"),
+        ("0.8", "fisher / published"),
+        ("0.6", "fisher / published"),
+    ]
+    with pytest.raises(ValueError, match="again"):
+        bench.merged([*some, file("c.csv", "0.6")])
+    with pytest.raises(ValueError, match="not of the same run"):
+        bench.merged([*some, file("d.csv", "0.7", device="gpu")])

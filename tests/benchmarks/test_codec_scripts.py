@@ -194,3 +194,30 @@ def test_another_table_is_refused(tmp_path):
     assert read_results(tmp_path / "c.csv")
     with pytest.raises(RotateKError, match="bench_codec"):
         printer.merged([tmp_path / "c.csv"])
+
+
+def test_budgets_of_plans_that_were_measured_one_by_one_are_put_together(tmp_path):
+    plans = script("bench_plans")
+
+    def file(name, budget, **changes):
+        folder = tmp_path / name
+        about = {"device": "cpu", "skipped": 504} | changes
+        plans.save(
+            folder,
+            about | {"models": {"m": {"seconds": {"planning": 2.04}, f"{budget:g}": {"plans": 40}}}},
+            [{"model": "m", "budget": budget}],
+        )
+        return folder / "plans.json"
+
+    some = [file("a", 0.03125), file("b", 0.125)]
+    whole, table = plans.merged(some)
+    assert whole == {
+        "device": "cpu",
+        "skipped": 504,
+        "models": {"m": {"seconds": {"planning": 4.0}, "0.125": {"plans": 40}, "0.03125": {"plans": 40}}},
+    }
+    assert [row["budget"] for row in table] == ["0.125", "0.03125"]
+    with pytest.raises(RotateKError, match=r"0\.125 again"):
+        plans.merged([*some, file("c", 0.125)])
+    with pytest.raises(RotateKError, match="skipped is 0, not 504"):
+        plans.merged([*some, file("d", 0.25, skipped=0)])
