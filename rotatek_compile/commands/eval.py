@@ -60,9 +60,8 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of, 
     "--learned",
     type=click.Path(path_type=Path),
     multiple=True,
-    metavar="FILE",
     shell_complete=paths("file"),
-    help="What a rival learned by training on the artifact's model (leank-learned); may repeat.",
+    help="File of what a rival learned by training on the artifact's model (leank-learned); may repeat.",
 )
 @click.option("--quick", is_flag=True, help="Only 12 documents: minutes on a small machine.")
 @click.option("--num-samples", type=int, help="Documents.  [default: 50]")
@@ -166,6 +165,7 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     from ..evaluate import Evaluator
     from ..hub import open_artifact
     from ..journal import Journal, Shard
+    from ..learned import load_all
     from ..methods import Methods, distinct
     from ..models import choose_device, fingerprint
     from ..plots import plot_results, require_matplotlib
@@ -183,7 +183,7 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     read = open_artifact(artifact, options["revision"])
     if read.rap is not None:
         refuse_others(read, options)
-    learned = _learned(options["learned"], read)
+    learned = load_all(options["learned"], read)
     also = [_other(other, read, artifact, options) for other in options["also"]]
     if options["write_card"]:
         require_card(read)
@@ -244,15 +244,6 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
         if options["plot"]:
             plot_results(read_results(file), output)
     return measured, len(items)
-
-
-def _learned(files: tuple[Path, ...], artifact: Any) -> dict[str, Any]:
-    """What rivals learned, by their name, read; UsageError if it does not belong to the artifact's model."""
-    if not files:
-        return {}
-    from ..learned import load_all
-
-    return load_all(files, artifact)
 
 
 def _other(name: str, first: Any, first_name: str, options: dict[str, Any]) -> Any:

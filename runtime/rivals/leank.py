@@ -6,7 +6,8 @@ is here their sum, without the variance of the images' means. The ratio · all c
 whole model; then each head's number is rounded to the nearest multiple of 32 (0, 32, ... D) and that many of its best channels stay,
 native. Others are zero. Values stay native. The mask belongs to the artifact, as our bases do, and counts for no image.
 Where it differs: published masks are learned, 2,000 steps through the loss of hidden states on answer tokens and 200 with the mask binary;
-this one is what calibrated moments say, so it shows the structure (static, head-wise, steps of 32) and not the learning. There a head of
+this one is what calibrated moments say, so it shows the structure (static, head-wise, steps of 32) and not the learning, which
+leank_learned.py has. There a head of
 width 0 leaves the softmax, Keys and Values; a coder returns a Key and a Value for every token, so here it keeps the mean Key and the mean
 Value of each image (fp32, counted): equal Keys weigh all tokens alike, of which the mean Value is the exact result.
 Limits: the mask cannot follow a page. Published ratios are 0.3 to 0.4; at 1/8 most heads round to nothing.
