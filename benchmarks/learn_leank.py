@@ -20,7 +20,7 @@ from rotatek_compile.calibration_data.registry import open_data
 from rotatek_compile.compile_inputs import CompilePlan, load_inputs
 from rotatek_compile.compile_options import CompileOptions
 from rotatek_compile.errors import RotateKError, UsageError
-from rotatek_compile.learn_leank import BINARY_STEPS, RATE, STEPS, WEIGHT, LeanOptions, Losses, check_model, learn
+from rotatek_compile.learn_leank import BINARY_RATE, BINARY_STEPS, RATE, STEPS, WEIGHT, LeanOptions, Losses, check_model, learn
 from rotatek_compile.learned import save_learned
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, pinned, resolve
 from rotatek_compile.runtime.rivals.leank_learned import tensors_of
@@ -39,6 +39,7 @@ def train(args: argparse.Namespace) -> Losses:
         steps=args.steps,
         binary_steps=args.steps_binary,
         rate=args.lr,
+        binary_rate=args.lr_binary,
         weight=args.weight,
         batch_size=args.batch_size,
         seed=args.seed,
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--steps-binary", type=int, default=BINARY_STEPS)
     parser.add_argument("--lr", type=float, default=RATE)
+    parser.add_argument("--lr-binary", type=float, default=BINARY_RATE, help="of the second stage, falling to nothing")
     parser.add_argument("--weight", type=float, default=WEIGHT, help="of the mean scale in the loss of the first stage")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)

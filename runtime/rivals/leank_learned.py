@@ -1,9 +1,9 @@
 """LeanK with its training (arXiv 2508.02215): the coder of leank.py, its masks from learned scales instead of calibrated moments.
 
 A file of `--learned` holds, for every compressed layer, scales float32 [Hkv, D] between 0 and 1: `layers.{i}.scale` of the first stage, and
-`ratios.{n}.layers.{i}.scale` of the second at the n-th ratio that was trained (learn_leank.py says how). The mask at a keep ratio is
-that of `lean_masks`: the ratio · all channels of largest scale, then every head's number rounded to a multiple of 32. Kept Keys are stored as they
-are: scales choose, and multiply nothing.
+`ratios.{n}.layers.{i}.scale` of the second at the n-th ratio that was trained (learn_leank.py says how). The mask at a keep ratio is that
+of `lean_masks`: the ratio · all channels of largest scale, then every head's number rounded to a multiple of 32. Kept Keys are stored as
+they are: scales choose, and multiply nothing.
 
 The second stage is for one ratio. At any other the scales of the nearest trained one are used, in the logarithm, and of two as near the
 smaller: a threshold at that ratio, and no training at it. Where none was trained, those of the first stage.
