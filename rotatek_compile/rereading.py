@@ -36,7 +36,7 @@ class Replaced:
     values: Tensor | None = None
 
 
-class _SharedLayer(CacheLayerMixin):
+class SharedLayer(CacheLayerMixin):
     """A full-attention layer whose prefix [B, Hkv, P, D] belongs to all rows; `update` hands back the new tokens alone."""
 
     is_sliding = False
@@ -66,6 +66,14 @@ class _SharedLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
+    def seen(self, mask: Tensor | None, group: int, new: int, device: torch.device) -> Tensor:
+        """Which columns every query of a group sees (`_seen`), found once for all layers of a forward call."""
+        found = self.masks.get(device)
+        if found is None:
+            batch, _, past, _ = self.prefix_keys.shape
+            found = self.masks[device] = _seen(mask, self.cuts, batch, group, past, new, device)
+        return found
+
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention of query [N·B, Hq, T, D] over prefix and the rows' own new tokens [N·B, Hkv, T, D]; -> [N·B, T, Hq, D]."""
         batch, heads, past, dim = self.prefix_keys.shape
@@ -74,9 +82,7 @@ class _SharedLayer(CacheLayerMixin):
         # [B, Hkv, N·G·T, D]: the queries of all cuts and of a group beside each other, so that the prefix is read once
         beside = query.reshape(cuts, batch, heads, -1, dim).permute(1, 2, 0, 3, 4)
         own = [x.unflatten(0, (cuts, batch)).permute(1, 2, 0, 3, 4) for x in (keys, values)]  # [B, Hkv, N, T, D]
-        seen = self.masks.get(query.device)
-        if seen is None:
-            seen = self.masks[query.device] = _seen(mask, cuts, batch, group, past, new, query.device)
+        seen = self.seen(mask, group, new, query.device)
         all_keys, all_values = (
             torch.cat([old, x.flatten(2, 3)], 2) for old, x in zip((self.prefix_keys, self.prefix_values), own, strict=True)
         )
@@ -120,7 +126,7 @@ def _own_part(seen: Tensor, cuts: int, past: int, new: int, number: int) -> Tens
 
 def _reading(cache: Cache, call: Attending) -> tuple[Tensor, Tensor | None]:
     layer = cache.layers[int(call.module.layer_idx)] if hasattr(call.module, "layer_idx") else None
-    if not isinstance(layer, _SharedLayer):
+    if not isinstance(layer, SharedLayer):
         return call.by_sdpa()
     for name in UNSUPPORTED:
         if call.options.get(name) is not None:
@@ -146,8 +152,14 @@ def rereading(model: Any, stored: Any, cuts: int, replaced: Mapping[int, Sequenc
             twin.keys, twin.values = (x.repeat(cuts, 1, 1, 1) for x in (layer.keys, layer.values))
             layers.append(twin)
         else:
-            layers.append(_SharedLayer(layer.keys, layer.values, replaced.get(index, ()), cuts, masks))
-    cache = Cache(layers=layers)
+            layers.append(SharedLayer(layer.keys, layer.values, replaced.get(index, ()), cuts, masks))
+    with reading_from(model, Cache(layers=layers)) as cache:
+        yield cache
+
+
+@contextmanager
+def reading_from(model: Any, cache: Cache) -> Iterator[Cache]:
+    """Let the `SharedLayer`s of a cache attend for the text part."""
     with attended_by(model, NAME, partial(_reading, cache)):
         yield cache
 

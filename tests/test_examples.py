@@ -333,9 +333,25 @@ def test_hub():
     play("docs/hub.md", {"rotatek": elsewhere, "eval": elsewhere, "python": lmms_eval, "python block": elsewhere}, special)
 
 
-def test_rivals(command, compiled):
+def test_rivals(command, compiled, parse_script):
+    """Training is parsed alone (tests/benchmarks/test_learn_leank.py does it): scales drawn at random stand for its file."""
+    import torch
+
+    from rotatek_compile.artifact import read_artifact
+    from rotatek_compile.learned import save_learned
+    from rotatek_compile.runtime.rivals.leank_learned import shapes_of
+
     Path("artifact").symlink_to(compiled)
-    play("docs/rivals.md", {"rotatek": command}, {})
+
+    def train(example):
+        asked, artifact = parse_script(example), read_artifact("artifact")
+        training = {"ratios": asked.ratios}
+        tensors = {name: torch.rand(shape) for name, shape in shapes_of(artifact.geometry, training).items()}
+        calibration = {"data": asked.calib, "num_samples": asked.num_samples, "seed": asked.seed}
+        facts = {"base_model": artifact.base_model, "geometry": artifact.geometry.to_json(), "calibration": calibration}
+        save_learned(asked.output, "leank-learned", tensors, facts | {"training": training})
+
+    play("docs/rivals.md", {"rotatek": command, "python": train}, {})
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -59,6 +59,7 @@ def test_names(words, values, tmp_path, monkeypatch):
         (("run", "a", "--video", "art"), "file"),
         (("compile", "--calib", "art"), "file"),
         (("eval", "a", "--data", "art"), "file"),
+        (("eval", "a", "--learned", "art"), "file"),
         (("compile", "--model", "art"), "dir"),
         (("compile", "--output", "art"), "file"),
     ],
