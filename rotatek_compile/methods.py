@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from .artifact import Artifact
 from .artifact_config import Method
 from .errors import RotateKError, UsageError
 from .key_plans import with_key_budget
-from .names import ALLOCATIONS, OURS, SUITES
+from .names import ALLOCATIONS, LEARNED, OURS, SUITES
 from .plan import plan_tensors
 from .replan import replanned
 from .runtime.cache import RotateKCache
@@ -78,12 +78,15 @@ class Methods:
 
     Args:
         artifact: the other one, calibrated differently; `calibration` is its number, from 1.
+        learned: what rivals learned by training, by their name (`Learned.state`).
 
     Raises (every method):
         UsageError: unknown names and settings that a method cannot take, as `make_coder` says it; missing knock-outs.
     """
 
-    def __init__(self, enabled: enable, artifact: Artifact | None = None, calibration: int = 0) -> None:
+    def __init__(
+        self, enabled: enable, artifact: Artifact | None = None, calibration: int = 0, learned: Mapping[str, Any] | None = None
+    ) -> None:
         self.enabled, self.artifact, self.calibration = enabled, artifact or enabled.artifact, calibration
         self.prepared = PreparedArtifact(artifact) if artifact is not None else enabled.prepared
         self.unselected = self.prepared  # rivals keep all tokens, whatever the artifact does
@@ -91,7 +94,8 @@ class Methods:
             enabled.token_methods.add(self.artifact.method.token_method)
             every = replace(self.artifact.method, token_method=None, token_keep_ratio=1.0, token_budget=None)
             self.unselected = PreparedArtifact(replace(self.artifact, method=every))
-        self.state = {"knockout": knockouts(self.artifact), "energy": channel_energies(self.artifact)}
+        self.state: dict[str, Any] = {"knockout": knockouts(self.artifact), "energy": channel_energies(self.artifact)}
+        self.state |= dict.fromkeys(LEARNED) | dict(learned or {})
 
     def dense(self) -> Entry:
         text = self.enabled.model.config.get_text_config(decoder=True)
@@ -196,7 +200,8 @@ class Methods:
         key_budget: float | None = None,
     ) -> Entry:
         """A row of a rival's coder, with the fields of `Entry`."""
-        calibrated = name in RIVALS and bool(RIVALS[name].learned)
+        # what was learned by training is one for all calibrations
+        calibrated = name in RIVALS and bool(RIVALS[name].learned) and RIVALS[name].learned not in LEARNED
         number = self.calibration if calibrated else 0
         make = self._cache_maker(self.unselected, coder)
         return Entry(name, make, coder.setting, requested, given, keep_ratio, False, axis, key_budget, calibrated, number)
@@ -254,7 +259,9 @@ class Methods:
         return [self.own_budget(budget) for budget in OWN_BUDGETS]
 
     def rival_in_suite(self, name: str, ratios: Sequence[float] = ()) -> list[Entry]:
-        """A rival at every budget of a suite; at these keep ratios too if it meets none of them."""
+        """A rival at every budget of a suite; at these keep ratios too if it meets none of them. None without the file it learned."""
+        if (needed := RIVALS[name].learned) in LEARNED and self.state[needed] is None:
+            return []
         if RIVALS[name].learned == "energy" and self.state["energy"] is None:
             warnings.warn(f"left out of the suite: {name} {NO_ENERGY}", stacklevel=2)
             return []
@@ -278,6 +285,10 @@ class Methods:
         needed = RIVALS[name].learned if name in RIVALS else ""
         if needed and self.state[needed] is None:
             where = f"artifact {self.artifact.path}" if self.artifact.path else "the artifact"
+            if needed in LEARNED:
+                raise UsageError(
+                    f"{name} needs what it learned by training; name the file with --learned, docs/rivals.md says how to make one"
+                )
             if needed == "energy":
                 raise UsageError(f"{name} {NO_ENERGY}, and {where} has none")
             raise UsageError(f"{name} needs measured knock-outs and {where} has none; compile it again with this version")

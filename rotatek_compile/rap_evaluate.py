@@ -144,7 +144,7 @@ def refuse_others(artifact: Artifact, options: Mapping[str, Any]) -> None:
     """
     if artifact.coded:
         where = f"{artifact.path} is a smaller checkpoint (RAP) with a cache of our own"
-        for name in ("suite", "token_methods", "also"):
+        for name in ("suite", "token_methods", "also", "learned"):
             if options.get(name):
                 raise UsageError(f"--{name.replace('_', '-').removesuffix('s')} compares with methods that are not made for it: {where}")
         if other := [name for name in options["methods"] if name != OURS]:
@@ -153,7 +153,7 @@ def refuse_others(artifact: Artifact, options: Mapping[str, Any]) -> None:
             raise UsageError(f"--keep-ratio {options['ratios'][0]} cannot be chosen: {where}; use --kv-budget")
         return
     where = f"{artifact.path} is a smaller checkpoint (RAP)"
-    for name in ("suite", "methods", "token_methods", "also", "no_fallback"):
+    for name in ("suite", "methods", "token_methods", "also", "learned", "no_fallback"):
         if options.get(name):
             raise UsageError(f"--{name.replace('_', '-').removesuffix('s')} speaks of a coded cache, and {where}; leave it out")
     if options["backend"] != "auto":

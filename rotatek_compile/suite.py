@@ -11,12 +11,13 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._version import __version__
 from .artifact import Artifact
@@ -174,10 +175,15 @@ def facts_of(
 
 def artifact_hash(artifact: Artifact) -> str:
     """Identifies an artifact by its method and tensors."""
-    digest = hashlib.sha256(repr(asdict(artifact.method)).encode())
-    for name in sorted(artifact.tensors):
+    return tensors_hash(artifact.tensors, repr(asdict(artifact.method)))
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], about: str = "") -> str:
+    """Identifies tensors by their names and numbers, and what is said about them."""
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(artifact.tensors[name].contiguous().cpu().numpy().tobytes())
+        digest.update(tensors[name].contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -56,6 +56,14 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of, 
     shell_complete=paths("dir"),
     help="With --suite: the same model calibrated anew, as with another --seed; intervals then hold for calibration too; may repeat.",
 )
+@click.option(
+    "--learned",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    shell_complete=paths("file"),
+    help="What a rival learned by training on the artifact's model (leank-learned); may repeat.",
+)
 @click.option("--quick", is_flag=True, help="Only 12 documents: minutes on a small machine.")
 @click.option("--num-samples", type=int, help="Documents.  [default: 50]")
 @click.option("--batch-size", type=int, default=4, show_default=True)
@@ -164,7 +172,7 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     from ..rap_evaluate import PrunedRun, StackedRun, refuse_others
     from ..runtime.backends import choose_backend
     from ..runtime.enable import enable
-    from ..suite import QUICK_DOCUMENTS, batch_sizes, facts_of, read_results, run_entries, write_results
+    from ..suite import QUICK_DOCUMENTS, batch_sizes, facts_of, read_results, run_entries, tensors_hash, write_results
     from ..token_entries import token_entries
 
     if options["plot"]:
@@ -175,6 +183,7 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     read = open_artifact(artifact, options["revision"])
     if read.rap is not None:
         refuse_others(read, options)
+    learned = _learned(options["learned"], read)
     also = [_other(other, read, artifact, options) for other in options["also"]]
     if options["write_card"]:
         require_card(read)
@@ -195,7 +204,8 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
     else:
         run = enable(model, read, backend=options["backend"], fallback=not options["no_fallback"])
     with run as active:
-        methods: Any = Methods(active) if read.rap is None else active
+        state = {name: file.state() for name, file in learned.items()}
+        methods: Any = Methods(active, learned=state) if read.rap is None else active
         if options["suite"]:
             entries = methods.suite(options["suite"])
             for number, other in enumerate(also, 1):
@@ -212,6 +222,8 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
                 entries = [methods.dense(), methods.compiled(), *chosen]
         same = {name: options[name] for name in ("seed", "max_new_tokens", "batch_size")}
         same |= {"backend": active.backend.name, "fallback": not options["no_fallback"]}
+        if learned:
+            same["learned"] = {name: tensors_hash(file.tensors) for name, file in sorted(learned.items())}
         if read.rap is not None:
             same["pruned"] = fingerprint(Path(str(read.path)))[:16]
         facts = facts_of(read, base_source(read, options["model"]), evaluators[0], source, list(samples.values()), same, also)
@@ -232,6 +244,15 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
         if options["plot"]:
             plot_results(read_results(file), output)
     return measured, len(items)
+
+
+def _learned(files: tuple[Path, ...], artifact: Any) -> dict[str, Any]:
+    """What rivals learned, by their name, read; UsageError if it does not belong to the artifact's model."""
+    if not files:
+        return {}
+    from ..learned import load_all
+
+    return load_all(files, artifact)
 
 
 def _other(name: str, first: Any, first_name: str, options: dict[str, Any]) -> Any:

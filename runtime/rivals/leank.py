@@ -14,7 +14,7 @@ Limits: the mask cannot follow a page. Published ratios are 0.3 to 0.4; at 1/8 m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,6 +28,8 @@ from .base import RivalCoder
 from .head_drop import MEAN_BYTES
 
 STEP = 32  # published rounding of a head's width
+
+NO_ENERGY = "leank needs calibrated energies of the channels and layer {layer} has none; evaluate it beside an artifact of basis two-sided"
 
 Mask = tuple[int, ...]  # channels kept, ascending
 
@@ -55,11 +57,14 @@ class LeanKCoder(RivalCoder):
         return sum(NATIVE_BYTES * tokens * (len(mask) + dim) if mask else MEAN_BYTES * dim for mask in masks)
 
 
-def lean_masks(geometry: Geometry, ratio: float, energy: Mapping[int, Tensor] | None) -> dict[int, tuple[Mask, ...]]:
+def lean_masks(
+    geometry: Geometry, ratio: float, energy: Mapping[int, Tensor] | None, missing: str = NO_ENERGY
+) -> dict[int, tuple[Mask, ...]]:
     """Channels that each head keeps of a share `ratio` of all.
 
     Args:
         energy: by layer, the score of every channel, [Hkv, D]; may be missing only where nothing is kept.
+        missing: what is said then, of a `{layer}`.
 
     Raises:
         UsageError: scores are missing, of another shape or not finite.
@@ -69,16 +74,21 @@ def lean_masks(geometry: Geometry, ratio: float, energy: Mapping[int, Tensor] | 
     count = int(ratio * total + 1e-6)
     if not count:
         return {i: ((),) * shape.kv_heads for i, shape in layers.items()}
-    scores = {i: _checked(energy, i, (shape.kv_heads, shape.head_dim)) for i, shape in layers.items()}
-    order = torch.cat([score.flatten() for score in scores.values()]).argsort(descending=True, stable=True)
-    kept = torch.zeros(total, dtype=torch.bool)
-    kept[order[:count]] = True
+    scores = {i: _checked(energy, i, (shape.kv_heads, shape.head_dim), missing) for i, shape in layers.items()}
     found = {}
-    for (i, score), mask in zip(scores.items(), kept.split([score.numel() for score in scores.values()]), strict=True):
-        widths = (mask.view_as(score).sum(-1) + STEP // 2) // STEP * STEP
+    for (i, score), mask in zip(scores.items(), largest(list(scores.values()), count), strict=True):
+        widths = (mask.sum(-1) + STEP // 2) // STEP * STEP
         best = score.argsort(dim=-1, descending=True, stable=True)
         found[i] = tuple(tuple(sorted(row[: min(width, len(row))])) for row, width in zip(best.tolist(), widths.tolist(), strict=True))
     return found
+
+
+def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The `count` largest numbers of all tensors together: bool of the same shapes; of equal ones the first."""
+    order = torch.cat([score.flatten() for score in scores]).argsort(descending=True, stable=True)
+    kept = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
+    kept[order[:count]] = True
+    return [mask.view_as(score) for score, mask in zip(scores, kept.split([score.numel() for score in scores]), strict=True)]
 
 
 def width_words(masks: Mapping[int, tuple[Mask, ...]], geometry: Geometry) -> str:
@@ -87,11 +97,9 @@ def width_words(masks: Mapping[int, tuple[Mask, ...]], geometry: Geometry) -> st
     return f"{kept} of {sum(geometry.layers[i].kv_heads * geometry.layers[i].head_dim for i in masks)} channels"
 
 
-def _checked(energy: Mapping[int, Tensor] | None, layer: int, shape: tuple[int, int]) -> Tensor:
+def _checked(energy: Mapping[int, Tensor] | None, layer: int, shape: tuple[int, int], missing: str) -> Tensor:
     if energy is None or layer not in energy:
-        raise UsageError(
-            f"leank needs calibrated energies of the channels and layer {layer} has none; evaluate it beside an artifact of basis two-sided"
-        )
+        raise UsageError(missing.format(layer=layer))
     score = energy[layer].double().cpu()
     if score.shape != shape or not bool(score.isfinite().all()):
         raise UsageError(f"the energies of layer {layer} must be finite numbers {list(shape)}, got {list(score.shape)}; compile it again")

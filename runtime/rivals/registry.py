@@ -22,6 +22,7 @@ from .head_drop import HeadDropCoder, most_important
 from .kivi import GROUP, KiviCoder
 from .kqsvd import KqSvdCoder
 from .leank import STEP, LeanKCoder, lean_masks, width_words
+from .leank_learned import NO_SCALES, LearnedScales
 from .native import NativeCoder
 from .paper import PaperCoder
 from .plain import PlainCoder
@@ -68,10 +69,10 @@ def make_coder(
 
     Args:
         kv_budget: share of the dense bytes; methods with a knob take the largest setting that fits, others must fit as they are.
-        keep_ratio: share kept of Key channels (think, spark, leank), directions (paper, kq-svd), Key bits (svdq) or (layer, KV head)
-            pairs (head-drop).
+        keep_ratio: share kept of Key channels (think, spark, leank, leank-learned), directions (paper, kq-svd), Key bits (svdq) or
+            (layer, KV head) pairs (head-drop).
         state: learned state: {"knockout": {layer: fp32 [Hkv]}} for head dropping, {"energy": {layer: [Hkv, D]}} of the Key channels for
-            leank; others ignore it.
+            leank, {"leank-learned": LearnedScales} for that; others ignore it.
         tokens: of the shortest segment for which the budget has to hold: fewer where images keep a share of their tokens.
 
     Raises:
@@ -253,6 +254,13 @@ def _leank(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
     return LeanKCoder(name=name, geometry=geometry, masks=masks, setting=width_words(masks, geometry))
 
 
+def _leank_learned(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+    require_head_dim(name, geometry, lambda dim: dim % STEP == 0, f"a multiple of {STEP}")
+    scales: LearnedScales | None = state.get(name)
+    masks = lean_masks(geometry, ratio, scales.at(ratio) if scales is not None else None, NO_SCALES)
+    return LeanKCoder(name=name, geometry=geometry, masks=masks, setting=width_words(masks, geometry))
+
+
 def _bit_shares(geometry: Geometry) -> Sequence[float]:
     return SHARES
 
@@ -326,6 +334,15 @@ RIVALS: dict[str, Rival] = {
             _leank,
             _lean_ratios,
             "energy",
+            _KNOB,
+            True,
+        ),
+        Rival(
+            "leank-learned",
+            "LeanK as published, from scales trained on answers: a static mask of Key channels, widths in steps of 32",
+            _leank_learned,
+            _lean_ratios,
+            "leank-learned",
             _KNOB,
             True,
         ),

@@ -11,6 +11,7 @@ from rotatek_compile.geometry import geometry_of
 from rotatek_compile.runtime.accounting import cache_bytes, cache_tensors
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.recording import LayerRecord, fill, record, stock_cache
+from rotatek_compile.runtime.rivals.leank_learned import LearnedScales
 from rotatek_compile.runtime.rivals.registry import RIVALS, make_coder
 
 MIXED = [[8, 24], [0, 16], [0, 0]]
@@ -18,6 +19,7 @@ STATE = {
     "knockout": {i: torch.tensor([0.5, 1.0]) for i in range(3)},
     "energy": {i: torch.rand(2, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)},
 }
+STATE["leank-learned"] = LearnedScales(STATE["energy"], {})
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from rotatek_compile.plan_words import segment_bytes
 from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.recording import fill, record
 from rotatek_compile.runtime.rivals.coded_values import WAYS, CodedValues
+from rotatek_compile.runtime.rivals.leank_learned import LearnedScales
 from rotatek_compile.runtime.rivals.native import NativeCoder
 from rotatek_compile.runtime.rivals.our_keys import Directions, OurKeysCoder
 from rotatek_compile.runtime.rivals.registry import RIVALS, make_coder
@@ -42,7 +43,7 @@ def tensors(tokens):
 def inner(name, geometry):
     energy = torch.ones(HEADS, DIM)
     energy[1] = 1e-9
-    return make_coder(name, geometry, keep_ratio=0.5, state={"energy": {0: energy}})
+    return make_coder(name, geometry, keep_ratio=0.5, state={"energy": {0: energy}, "leank-learned": LearnedScales({0: energy}, {})})
 
 
 VALUE_BYTES = {  # of one head and 101 tokens of 64 channels
@@ -61,7 +62,7 @@ def test_bytes_and_keys(shapes, bases, way, name):
     coder = CodedValues(name="x", geometry=shapes, way=way, inner=alone, bases=bases)
     segment = coder.code(0, keys, values, queries)
     assert segment.bytes() == coder.bytes_of(101, 0)
-    heads = 1 if name == "leank" else HEADS
+    heads = 1 if name in ("leank", "leank-learned") else HEADS
     before = alone.bytes_of(101, 0) if alone else 2 * 2 * HEADS * 101 * DIM
     assert coder.bytes_of(101, 0) == before - heads * 2 * 101 * DIM + heads * VALUE_BYTES[way]
     rebuilt, got = segment.rebuild()
@@ -70,7 +71,7 @@ def test_bytes_and_keys(shapes, bases, way, name):
     for h in range(heads):
         # Hadamard gathers the means of 2 in one channel, which widens every range
         assert 0 < (got[h] - values[h]).square().mean() < 0.15 * values[h].var()
-    if name == "leank":
+    if name in ("leank", "leank-learned"):
         assert torch.equal(got[1], expected[1][1])  # the mean, as it was
 
 

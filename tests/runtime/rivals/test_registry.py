@@ -7,6 +7,7 @@ import torch
 
 from rotatek_compile.errors import UsageError
 from rotatek_compile.geometry import Geometry, LayerGeometry
+from rotatek_compile.runtime.rivals.leank_learned import LearnedScales
 from rotatek_compile.runtime.rivals.registry import RIVALS, make_coder, smallest_budget, worst_share
 
 BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -25,7 +26,8 @@ def state_of(geometry):
     generator = torch.Generator().manual_seed(0)
     shapes = {i: (geometry.layers[i].kv_heads, geometry.layers[i].head_dim) for i in geometry.compressible}
     knockout = {i: torch.rand(heads, generator=generator) for i, (heads, _) in shapes.items()}
-    return {"knockout": knockout, "energy": {i: torch.rand(shape, generator=generator) for i, shape in shapes.items()}}
+    energy = {i: torch.rand(shape, generator=generator) for i, shape in shapes.items()}
+    return {"knockout": knockout, "energy": energy, "leank-learned": LearnedScales(energy, {})}
 
 
 def share(coder, geometry, tokens):
@@ -85,6 +87,7 @@ def test_smallest_budgets_by_hand():
         "svdq": (512 * (16 * 2 // 8 + 256) + 16 * (4 + 256) + 4 * 128) / (512 * 512),
         "kq-svd": 2 * (512 * 136 + 128 * 8) / (512 * 512),
         "leank": 8 * 128 / (512 * 512),  # mean Key and mean Value of every head
+        "leank-learned": 8 * 128 / (512 * 512),
     }
     for name, number in expected.items():
         assert smallest_budget(name, geometry) == pytest.approx(number, rel=1e-12), name
@@ -105,6 +108,7 @@ def test_smallest_budgets_by_hand():
         ("paper", {"keep_ratio": 0.01}, "paper cannot keep 0.01; the smallest keep ratio on this model is 0.0625"),
         ("leank", {"keep_ratio": 0.5}, "leank needs calibrated energies of the channels and layer 0 has none"),
         ("leank", {"keep_ratio": 0.5, "state": {"energy": {0: torch.ones(2, 3)}}}, r"must be finite numbers \[2, 128\], got \[2, 3\]"),
+        ("leank-learned", {"keep_ratio": 0.5}, "needs learned scales and layer 0 has none; train them with benchmarks/learn_leank.py"),
         ("head-drop", {"kv_budget": 0.2}, "needs measured knock-outs and layer 0 has none"),
         ("head-drop", {"kv_budget": 0.2, "state": {"knockout": {0: torch.ones(3)}}}, "layer 0 must be 2 finite numbers"),
         ("head-drop", {"kv_budget": 0.2, "state": {"knockout": {0: torch.tensor([1.0, torch.nan])}}}, "layer 0 must be 2 finite numbers"),
@@ -130,11 +134,11 @@ def test_head_dims_a_method_cannot_code():
 def test_the_registry():
     assert list(RIVALS) == [
         "int8", "int4", "fp8", "kivi4", "kivi2", "hadamard4", "hadamard2", "head-drop", "head-drop-native", "think", "paper",
-        "spark-sign", "spark-mean", "svdq", "kq-svd", "leank", "native",
+        "spark-sign", "spark-mean", "svdq", "kq-svd", "leank", "leank-learned", "native",
     ]  # fmt: skip
     learned = {name: rival.learned for name, rival in RIVALS.items() if rival.learned}
-    assert learned == {"head-drop": "knockout", "head-drop-native": "knockout", "leank": "energy"}
-    alone = ["think", "paper", "spark-sign", "spark-mean", "svdq", "kq-svd", "leank"]
+    assert learned == {"head-drop": "knockout", "head-drop-native": "knockout", "leank": "energy", "leank-learned": "leank-learned"}
+    alone = ["think", "paper", "spark-sign", "spark-mean", "svdq", "kq-svd", "leank", "leank-learned"]
     assert [name for name, rival in RIVALS.items() if rival.keys_only] == alone
     assert all(rival.settings[0] == "kv_budget" and rival.about for rival in RIVALS.values())
     geometry = made()

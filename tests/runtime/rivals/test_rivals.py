@@ -7,6 +7,7 @@ import torch
 
 from rotatek_compile.geometry import Geometry, LayerGeometry
 from rotatek_compile.runtime.rivals.hadamard import walsh_hadamard
+from rotatek_compile.runtime.rivals.leank_learned import LearnedScales
 from rotatek_compile.runtime.rivals.registry import RIVALS, make_coder
 
 
@@ -32,13 +33,13 @@ def energy(kept, kv_heads, head_dim):
     """32 channels of each of the first `kept` heads of layer 0 stand out."""
     scores = {layer: torch.zeros(kv_heads, head_dim) for layer in range(2)}
     scores[0][:kept, :32] = 1
-    return {"energy": scores}, 32 * kept / (2 * kv_heads * head_dim)
+    return {"energy": scores, "leank-learned": LearnedScales(scores, {})}, 32 * kept / (2 * kv_heads * head_dim)
 
 
 def coder_for(name, kv_heads, head_dim, channels, rank, kept):
     geometry = geometry_of(kv_heads, head_dim)
     if RIVALS[name].learned:
-        state, ratio = energy(kept, kv_heads, head_dim) if name == "leank" else knockout(kept, kv_heads)
+        state, ratio = energy(kept, kv_heads, head_dim) if name.startswith("leank") else knockout(kept, kv_heads)
         return make_coder(name, geometry, keep_ratio=ratio, state=state)
     ratio = {"think": channels / head_dim, "paper": rank / head_dim, "kq-svd": rank / head_dim, "svdq": 1 / 8}
     ratio |= {"spark-sign": channels / head_dim, "spark-mean": channels / head_dim}
@@ -62,6 +63,7 @@ BYTES = {  # 2 heads of 128 and 520 tokens; 3 heads of 64 and 577 tokens
     "svdq": (2 * (520 * (16 + 8 + 4 + 4 + 256) + 80 * (4 + 256) + 4 * 128), 265872),  # 80 and 40 directions at 2 bits a number
     "kq-svd": (369920, 3 * 2 * (577 * (16 + 64) + 64 * 16)),
     "leank": (2 * 520 * (32 + 128) + 8 * 128, 2 * 2 * 577 * (32 + 64) + 8 * 64),  # 1 of 2 and 2 of 3 heads have 32 channels
+    "leank-learned": (2 * 520 * (32 + 128) + 8 * 128, 2 * 2 * 577 * (32 + 64) + 8 * 64),
     "native": (2 * 2 * 520 * 128 * 2, 443136),
 }
 
