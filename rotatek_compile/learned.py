@@ -205,6 +205,7 @@ def _check_header(header: Mapping[str, Any], shapes: Shapes, where: str) -> None
 
 def _kind(name: str) -> Kind:
     """Of a name of `LEARNED`."""
-    from .runtime.rivals import leank_learned
+    from .runtime.rivals import leank_learned, palu
 
-    return {"leank-learned": Kind(leank_learned.shapes_of, leank_learned.state_of)}[name]
+    known = {"leank-learned": leank_learned, "palu": palu}
+    return Kind(known[name].shapes_of, known[name].state_of)

@@ -23,7 +23,7 @@ from .names import ALLOCATIONS, LEARNED, OURS, SUITES
 from .plan import plan_tensors
 from .replan import replanned
 from .runtime.cache import RotateKCache
-from .runtime.coder import Coder
+from .runtime.coder import BeforeRopeCoder, Coder
 from .runtime.enable import enable
 from .runtime.prepared import PreparedArtifact
 from .runtime.rivals.registry import PROMISED_FROM, RIVALS, make_coder, smallest_budget
@@ -293,7 +293,13 @@ class Methods:
                 raise UsageError(f"{name} {NO_ENERGY}, and {where} has none")
             raise UsageError(f"{name} needs measured knock-outs and {where} has none; compile it again with this version")
 
+    def check_sight(self, coder: Coder | None) -> None:
+        """Let recordings hold what a coder asks for; refuse one that this model cannot show it to, before anything is measured."""
+        if isinstance(coder, BeforeRopeCoder):
+            self.enabled.show_before_rope()
+
     def _cache_maker(self, prepared: PreparedArtifact, coder: Coder | None = None) -> Callable[[], Cache]:
+        self.check_sight(coder)
         config, backend = self.enabled.model.config, self.enabled.backend
         return lambda: RotateKCache(config, prepared, backend, coder)
 

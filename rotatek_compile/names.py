@@ -9,14 +9,15 @@ from .errors import UsageError
 OURS = "rotatek"  # the method that is no rival
 RIVAL_NAMES = (
     "int8", "int4", "fp8", "kivi4", "kivi2", "hadamard4", "hadamard2", "head-drop", "head-drop-native", "think", "paper",
-    "spark-sign", "spark-mean", "svdq", "kq-svd", "leank", "leank-learned", "native",
+    "spark-sign", "spark-mean", "svdq", "kq-svd", "leank", "leank-learned", "palu", "palu4", "native",
 )  # fmt: skip
 """Keys of RIVALS in runtime/rivals/registry.py, in its order."""
-LEARNED = ("leank-learned",)  # rivals that need a file of --learned (learned.py)
+LEARNED = ("leank-learned", "palu")  # rivals that a file of --learned is for (learned.py)
+SHARING = ("palu4",)  # rivals that need the file of another one
 METHODS = (OURS, *RIVAL_NAMES)
 RAP = "rap"  # writes a smaller checkpoint; neither our coded cache nor a rival of it
 STACKED = f"{RAP}+{OURS}"  # that checkpoint, and our coded cache for it
-COMPILE_METHODS = (*(name for name in METHODS if name not in LEARNED), RAP, STACKED)
+COMPILE_METHODS = (*(name for name in METHODS if name not in (*LEARNED, *SHARING)), RAP, STACKED)
 RAP_SCORES = ("logit", "fisher", "fisher-weight")
 RAP_BUDGETS = ("sensitivity", "published")
 BASES = ("two-sided", "pca", "paper")

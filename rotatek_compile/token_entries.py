@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from transformers.cache_utils import Cache
 
 from .errors import UsageError
-from .names import OURS
+from .names import OURS, SHARED_SELECTIONS
 from .runtime.cache import RotateKCache
+from .runtime.coder import BeforeRopeCoder
 from .runtime.prepared import PreparedArtifact
 from .runtime.rivals.registry import PROMISED_FROM, RIVALS, make_coder
 from .token_budget import TOKENS_ALONE, code_share, fitting_ratio, kept_tokens, selecting, with_selection
@@ -129,6 +130,9 @@ def _entry(methods: Methods, name: str, token_method: str, ratio: float, setting
 
 
 def _maker(methods: Methods, method: Method, prepared: PreparedArtifact, coder: Coder | None = None) -> Callable[[], Cache]:
+    methods.check_sight(coder)
+    if isinstance(coder, BeforeRopeCoder) and method.token_method not in (None, *SHARED_SELECTIONS):
+        raise UsageError(f"{coder.name} codes heads jointly, {method.token_method} keeps other tokens in each; use {SHARED_SELECTIONS[0]}")
     if method.token_method is not None:
         methods.enabled.token_methods.add(method.token_method)
     config, backend = methods.enabled.model.config, methods.enabled.backend

@@ -15,7 +15,7 @@ from ..geometry import FULL_ATTENTION
 from ..kernels.table import BLOCK
 from .backends import Backend
 from .cache_layer import RotateKLayer
-from .coder import Coder
+from .coder import BeforeRopeCoder, Coder
 from .handle import Handle
 from .kept_tokens import KeptSegment
 from .media import CallState
@@ -45,7 +45,7 @@ class RotateKCache(Cache):
             raise UsageError(f"method {coder.name} codes images only, but the artifact has span {span!r}; compile one with --span visual")
         text = config.get_text_config(decoder=True)
         types, kwargs = get_layer_types_and_kwargs(text)
-        self.state = CallState(_selector(artifact))
+        self.state = CallState(_selector(artifact), before_rope=isinstance(coder, BeforeRopeCoder))
         self.artifact = artifact
         self.rope_deltas: Tensor | None = None  # int64 [B, 1], what M-RoPE models keep beside the cache; known to `Document` caches alone
         self.weights: str | None = None  # identifies the model that read the tokens, likewise
@@ -84,7 +84,8 @@ class RotateKCache(Cache):
 
     def reset(self) -> None:
         selector = self.state.selector
-        self.state = CallState(selector.fresh() if selector is not None else None)
+        asked = self.state.before_rope is not None
+        self.state = CallState(selector.fresh() if selector is not None else None, before_rope=asked)
         for layer in self.layers:
             if isinstance(layer, RotateKLayer):
                 layer.state = self.state
@@ -125,7 +126,7 @@ class RotateKCache(Cache):
     def finish(self) -> None:
         """The image that was read last is complete: code what is still held raw of it."""
         scaling = self.state.scaling
-        self.state = CallState(self.state.selector)
+        self.state = CallState(self.state.selector, before_rope=self.state.before_rope is not None)
         self.state.scaling = scaling
         for layer in self.layers:
             if isinstance(layer, RotateKLayer):

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..errors import RotateKError
+from ..errors import RotateKError, UsageError
 from ..kernels.table import BLOCK
 from .backends import Backend
-from .coder import Coder, real_queries
+from .before_rope import BeforeRope
+from .coder import BeforeRopeCoder, Coder, real_queries
 from .handle import Handle
 from .kept_tokens import KeptSegment, KeptTokens
 from .media import CallState
@@ -54,6 +55,7 @@ class RotateKLayer(CacheLayerMixin):
         self.real = np.zeros(0, dtype=np.int64)  # [B] tokens of each row, padding left out
         self.tail = 0  # newest columns that are text in every row: those a caller may crop while they are raw
         self.held_queries: dict[int, Tensor] = {}  # row -> newest queries [Hkv, G, T, D] of the calls that brought what it holds
+        self.held_before: dict[int, BeforeRope] = {}  # row -> what it holds, before RoPE, for coders that ask
         self.segments: SegmentCoder = None  # type: ignore[assignment]
         self.spans: CodedSpans | None = None  # image segments of a rival method
         self.blocks: TextBlocks | None = None  # text that left the window, where it is coded
@@ -161,11 +163,13 @@ class RotateKLayer(CacheLayerMixin):
         """Code the images and clips of a row that are complete, hold the last one raw if it is not (DESIGN.md §6)."""
         store, media = self.segments.store, step.media(row)
         for number, runs in enumerate(media):
-            own_keys, own_values = columns(keys, runs), columns(values, runs)
+            own_keys, own_values, before = columns(keys, runs), columns(values, runs), self._before(row, runs)
             if row in step.unfinished and number == len(media) - 1:
                 store.hold(row, own_keys, own_values)
                 self._hold_queries(row, query, step)
                 self._note_held(row)
+                if before is not None:
+                    self.held_before[row] = self.held_before[row].then(before) if row in self.held_before else before.own()
             else:
                 queries, held = self._queries(row, query, step), 0
                 if number == 0 and store.held[row]:
@@ -174,14 +178,16 @@ class RotateKLayer(CacheLayerMixin):
                     held_keys, held_values = store.take_held(row)
                     held = held_keys.shape[1]
                     own_keys, own_values = torch.cat([held_keys, own_keys], 1), torch.cat([held_values, own_values], 1)
+                    if before is not None:
+                        before = self.held_before.pop(row).then(before)
                 if (selector := self.state.selector) is not None:
                     seen = None
                     if selector.looks(self.index):
                         seen = self._seen(row, queries, columns(keys, step.rows[row]), own_keys[:, :held], step.rows[row], runs)
                     tokens = own_keys.shape[1]
                     kept = selector.keep(row, number, runs[0], tokens, seen, self.state.scaling, self.state.features)
-                    own_keys, own_values = self._select(row, kept, own_keys, own_values)
-                self._begin(row, "visual", own_keys, own_values, queries)
+                    own_keys, own_values, before = self._select(row, kept, own_keys, own_values, before)
+                self._begin(row, "visual", own_keys, own_values, queries, before)
 
     def _commit_text(self, row: int, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> int | None:
         """Text goes to the window; what is older than the window leaves it at once, in whole blocks.
@@ -204,6 +210,15 @@ class RotateKLayer(CacheLayerMixin):
             text_keys, text_values = text_keys[:, old:], text_values[:, old:]
         store.window.append_row(row, text_keys, text_values)
         return left
+
+    def _before(self, row: int, runs: Sequence[Run]) -> BeforeRope | None:
+        """These runs of a row before RoPE, for coders that ask."""
+        if not isinstance(self.coder, BeforeRopeCoder):
+            return None
+        if self.index not in (seen := self.state.before_rope or {}):
+            words = f"method {self.coder.name} needs layer {self.index} before RoPE, which was not recorded"
+            raise RotateKError(f"{words}; call enabled.show_before_rope() first")
+        return seen[self.index].row(row).columns(runs)
 
     def _queries(self, row: int, query: Tensor, step: Step) -> Tensor | None:
         """Real queries [Hkv, G, T, D] of a row, for methods that look at them."""
@@ -244,12 +259,19 @@ class RotateKLayer(CacheLayerMixin):
         assert selector is not None
         return Seen(self.held_queries[row][:, :, -min(selector.queries, keys.shape[1]) :], keys, [slice(0, keys.shape[1])])
 
-    def _select(self, row: int, kept: KeptSegment, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(
+        self, row: int, kept: KeptSegment, keys: Tensor, values: Tensor, before: BeforeRope | None
+    ) -> tuple[Tensor, Tensor, BeforeRope | None]:
         """The Keys and Values [Hkv, n, D] of the tokens that stay."""
         assert self.kept is not None
         self.kept.rows[row].append(kept)
-        places = kept.indices().to(keys.device).expand(keys.shape[0], -1)
-        return only(keys, places), only(values, places)
+        places = kept.indices().to(keys.device)
+        if before is not None:
+            if len(places) > 1:
+                raise UsageError("heads that are coded jointly keep the same tokens; choose another --token-method or another --method")
+            before = before.only(places[0])
+        places = places.expand(keys.shape[0], -1)
+        return only(keys, places), only(values, places), before
 
     def _finish(self, rows: list[int]) -> None:
         """Code what these rows hold: the image ended with the last call. Rows that share it (beams) go on sharing it."""
@@ -267,26 +289,31 @@ class RotateKLayer(CacheLayerMixin):
                 if self.kept is not None:
                     self.kept.rows[row].append(self.kept.rows[owner][-1])
             else:
-                done[key] = row, self._code(row, *self.store.take_held(row), self.held_queries.get(row))
+                done[key] = row, self._code(row, *self.store.take_held(row), self.held_queries.get(row), self.held_before.get(row))
             self.held_queries.pop(row, None)
+            self.held_before.pop(row, None)
         if done:
             self.store.flush()
 
-    def _begin(self, row: int, kind: str, keys: Tensor, values: Tensor, queries: Tensor | None) -> None:
+    def _begin(self, row: int, kind: str, keys: Tensor, values: Tensor, queries: Tensor | None, before: BeforeRope | None = None) -> None:
         """Code one segment [Hkv, S, D] of a row; ours are settled later."""
-        if self.spans is not None and self.coder is not None:
+        if self.spans is not None and isinstance(self.coder, BeforeRopeCoder):
+            assert before is not None
+            before.check(self.index, keys)
+            self.spans.add(row, self.coder.code_before(self.index, before, values))
+        elif self.spans is not None and self.coder is not None:
             assert queries is not None
             self.spans.add(row, self.coder.code(self.index, keys, values, queries))
         else:
             self.segments.begin(row, kind, keys, values, queries)
 
-    def _code(self, row: int, keys: Tensor, values: Tensor, queries: Tensor | None) -> int | None:
+    def _code(self, row: int, keys: Tensor, values: Tensor, queries: Tensor | None, before: BeforeRope | None) -> int | None:
         """Code an image [Hkv, S, D] of a row at once; its place in the store's table, None for a rival's."""
         if (selector := self.state.selector) is not None:
             seen = self._of_held(row, keys) if selector.looks(self.index) else None
             kept = selector.keep(row, 0, None, keys.shape[1], seen, self.state.scaling, {})
-            keys, values = self._select(row, kept, keys, values)
-        self._begin(row, "visual", keys, values, queries)
+            keys, values, before = self._select(row, kept, keys, values, before)
+        self._begin(row, "visual", keys, values, queries, before)
         return next(iter(self.segments.settle()), None)
 
     def _retire(self) -> None:
@@ -360,6 +387,7 @@ class RotateKLayer(CacheLayerMixin):
         self.store.select_rows(rows)
         self.real = self.real[rows]
         self.held_queries = {new: self.held_queries[old] for new, old in enumerate(rows) if old in self.held_queries}
+        self.held_before = {new: self.held_before[old] for new, old in enumerate(rows) if old in self.held_before}
         if self.blocks is not None:
             self.blocks.select_rows(rows)
         if self.spans is not None:
@@ -373,11 +401,12 @@ class RotateKLayer(CacheLayerMixin):
         if not self.is_initialized:
             return []
         parts = [part.tensors() for part in (self.spans, self.blocks) if part is not None]
+        parts += [before.tensors() for before in self.held_before.values()]
         return [*self.store.tensors().values(), *self.held_queries.values(), *(x for part in parts for x in part)]
 
     def reset(self) -> None:
         self.logical_length, self.tail, self.is_initialized = 0, 0, False
-        self.held_queries = {}
+        self.held_queries, self.held_before = {}, {}
         if self.spans is not None:
             self.spans.select_rows(())  # the backend knows them too, until the next call makes another
         self.segments, self.spans, self.blocks, self.kept = None, None, None, None  # type: ignore[assignment]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .segments import Run, columns
+
+if TYPE_CHECKING:
+    from .before_rope import BeforeRope
 
 NATIVE_BYTES = 2  # native numbers are compared at 2 bytes, whatever the compute dtype (DESIGN.md §3)
 
@@ -70,6 +73,20 @@ class Coder(Protocol):
 
     def bytes_of(self, tokens: int, layer: int) -> int:
         """Bytes of one coded segment of S tokens in one layer; exactly `CodedSegment.bytes()`."""
+
+
+@runtime_checkable
+class BeforeRopeCoder(Coder, Protocol):
+    """A coder that works on Keys before RoPE and heads jointly; a cache calls `code_before` of it in place of `code`."""
+
+    def code_before(self, layer: int, before: BeforeRope, values: Tensor) -> CodedSegment:
+        """Code one image segment.
+
+        Args:
+            layer: index of the text layer.
+            before: the segment's tokens, keys [Hkv, S, D] in the compute dtype.
+            values: [Hkv, S, D].
+        """
 
 
 def _alone(part: Tensor) -> bool:

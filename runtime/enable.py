@@ -6,6 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +22,9 @@ from ..placement import input_device
 from ..text_attention import set_text_attention
 from .attention import register, release
 from .backends import Backend, choose_backend
+from .before_rope import key_projections, watching
 from .cache import RotateKCache
-from .coder import Coder
+from .coder import BeforeRopeCoder, Coder
 from .graphs import DecodeGraphs
 from .media import ENCODERS, CallState, encoded_features, encoded_lengths, features_of, lengths_of
 from .prepared import PreparedArtifact
@@ -84,6 +86,7 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             self.artifact = selecting(self.artifact, token_method, token_keep_ratio, keep_ratio=keep_ratio, kv_budget=kv_budget)
         # selections that caches of this model make, whose scores may need more of an encoder than it returns
         self.token_methods = {self.artifact.method.token_method} - {None}
+        self.projections: dict[int, Any] = {}  # attention modules by layer, once a coder asks for Keys before RoPE
         self.backend: Backend = choose_backend(backend, input_device(self.model))
         if not fallback:
             self.artifact = _without_fallback(self.artifact)
@@ -99,7 +102,18 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
 
     def new_cache(self, coder: Coder | None = None) -> RotateKCache:
         """A fresh compressed cache, to be passed as `past_key_values`; `coder` puts a rival method in place of the artifact's."""
+        if isinstance(coder, BeforeRopeCoder):
+            self.show_before_rope()
         return RotateKCache(self.model.config, self.prepared, self.backend, coder)
+
+    def show_before_rope(self) -> None:
+        """Let coders of this model's caches see Keys before RoPE, and recordings hold them.
+
+        Raises:
+            UsageError: a model whose Keys are made in a way that cannot be followed (before_rope.py).
+        """
+        if not self.projections:
+            self.projections = key_projections(self.model, self.artifact.geometry)
 
     def _install(self) -> None:
         model = self.model
@@ -184,6 +198,10 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             encoded = bound.get("mm_encoder_outputs", extra.get("mm_encoder_outputs"))
             state.begin(shape, kinds, lengths_of(encoded))
             state.show(features_of(encoded))
+            watch: Any = nullcontext()
+            if kinds is not None and (before := state.before_rope) is not None:
+                self.show_before_rope()
+                watch = watching(self.projections, before, lambda: _call.get() is state)
             token = _call.set(state)
             try:
                 out = None
@@ -192,7 +210,8 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
                 elif self.graphs is not None:
                     self.graphs.forget(cache)
                 if out is None:
-                    out = forward(*args, **kwargs)
+                    with watch:
+                        out = forward(*args, **kwargs)
             finally:
                 _call.reset(token)
                 state.end()

@@ -15,6 +15,7 @@ from torch import Tensor
 from .segments import IMAGE, TEXT, VIDEO, Run, Step, plain_step, runs_of
 
 if TYPE_CHECKING:
+    from .before_rope import BeforeRope
     from .token_selection import TokenSelector
 
 MODALITIES = {"image": IMAGE, "video": VIDEO}
@@ -68,11 +69,13 @@ class CallState:
     `Step` made. Between calls it is remembered which rows are in the middle of an image.
     """
 
-    def __init__(self, selector: TokenSelector | None = None) -> None:
+    def __init__(self, selector: TokenSelector | None = None, *, before_rope: bool = False) -> None:
         self.step: Step | None = None
         self.selector = selector
         self.keeps_features = selector is not None  # of the call under way, for a selector or for a recording
         self.features: dict[int, list[Tensor]] = {}  # by modality, what the encoder returned of each image
+        # by layer, of the call under way; None where no coder and no recording asks
+        self.before_rope: dict[int, BeforeRope] | None = {} if before_rope else None
         self.scaling = 1.0  # of the call's logits, where a handle was committed
         self.capturing = False  # the call is recorded, not run: layers count nothing (graphs.py)
         self.keeps_text = False  # nothing leaves the windows in this call (graphs.py)
@@ -96,6 +99,7 @@ class CallState:
         self.keeps_text = False
         self._shape, self._kinds, self._lengths, self.step = shape, kinds, {} if self._chunked else dict(lengths), None
         self.features = {}
+        self._forget_before()
 
     def announce(self, kind: int, lengths: list[int]) -> None:
         """An encoder ran inside the call."""
@@ -125,6 +129,11 @@ class CallState:
             self.selector.end({*self._open, *(self.step.unfinished if self.step is not None else ())})
         self._shape = self._kinds = self.step = None
         self._lengths, self.features = {}, {}
+        self._forget_before()
+
+    def _forget_before(self) -> None:
+        if self.before_rope:
+            self.before_rope = {}
 
     def of(self, batch: int, length: int) -> Step:
         """The step of the call under way.

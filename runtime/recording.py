@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import RotateKError
+from .before_rope import BeforeRope
 from .cache import RotateKCache, RotateKLayer
 from .coder import Coder
 from .enable import active
@@ -24,11 +25,15 @@ from .segments import Step
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """One full-attention layer's call: query [B, Hq, T, D], keys and values [B, Hkv, T, D], after RoPE, padding columns included."""
+    """One full-attention layer's call: query [B, Hq, T, D], keys and values [B, Hkv, T, D], after RoPE, padding columns included.
+
+    before: the Keys before RoPE, if a coder asks (`enable.show_before_rope`).
+    """
 
     query: Tensor
     keys: Tensor
     values: Tensor
+    before: BeforeRope | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,8 @@ class _RecordingLayer(RotateKLayer):
     record: LayerRecord | None = None
 
     def commit(self, query: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
-        self.record, self.step, self.shown = LayerRecord(query, keys, values), step, (self.state.scaling, self.state.features)
+        before = (self.state.before_rope or {}).get(self.index)
+        self.record, self.step, self.shown = LayerRecord(query, keys, values, before), step, (self.state.scaling, self.state.features)
 
 
 class _RecordingCache(RotateKCache):
@@ -72,6 +78,7 @@ def record(model: nn.Module, **forward_kwargs: Any) -> Recording:
         raise RotateKError("record() prefills an empty cache of its own; leave past_key_values out")
     cache = _RecordingCache(model.config, enabled.prepared, enabled.backend)
     cache.state.keeps_features = bool(enabled.token_methods)
+    cache.state.before_rope = {} if enabled.projections else None
     forward_kwargs |= {"past_key_values": cache, "use_cache": True}
     logits = model(**forward_kwargs).logits
     layers: list[Any] = []
@@ -103,6 +110,8 @@ def fill(cache: RotateKCache, recording: Recording) -> RotateKCache:
         for index, recorded in enumerate(recording.layers):
             layer = cache.layers[index]
             if isinstance(recorded, LayerRecord) and isinstance(layer, RotateKLayer):
+                if cache.state.before_rope is not None and recorded.before is not None:
+                    cache.state.before_rope[index] = recorded.before
                 handle, _ = layer.update(recorded.keys, recorded.values)
                 handle.commit(recorded.query, recording.scaling)
             else:

@@ -60,8 +60,9 @@ from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of, 
     "--learned",
     type=click.Path(path_type=Path),
     multiple=True,
+    metavar="FILE",
     shell_complete=paths("file"),
-    help="File of what a rival learned by training on the artifact's model (leank-learned); may repeat.",
+    help="What a rival learned by training on the artifact's model (leank-learned, palu); may repeat.",
 )
 @click.option("--quick", is_flag=True, help="Only 12 documents: minutes on a small machine.")
 @click.option("--num-samples", type=int, help="Documents.  [default: 50]")

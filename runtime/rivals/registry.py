@@ -24,6 +24,7 @@ from .kqsvd import KqSvdCoder
 from .leank import STEP, LeanKCoder, lean_masks, width_words
 from .leank_learned import NO_SCALES, LearnedScales
 from .native import NativeCoder
+from .palu import BITS, PaluCoder, palu_ranks, palu_ratios, rank_words
 from .paper import PaperCoder
 from .plain import PlainCoder
 from .spark import SparkCoder
@@ -69,10 +70,10 @@ def make_coder(
 
     Args:
         kv_budget: share of the dense bytes; methods with a knob take the largest setting that fits, others must fit as they are.
-        keep_ratio: share kept of Key channels (think, spark, leank, leank-learned), directions (paper, kq-svd), Key bits (svdq) or
-            (layer, KV head) pairs (head-drop).
+        keep_ratio: share kept of Key channels (think, spark, leank, leank-learned), directions (paper, kq-svd), Key bits (svdq),
+            (layer, KV head) pairs (head-drop) or latent dimensions of Keys and Values (palu, palu4).
         state: learned state: {"knockout": {layer: fp32 [Hkv]}} for head dropping, {"energy": {layer: [Hkv, D]}} of the Key channels for
-            leank, {"leank-learned": LearnedScales} for that; others ignore it.
+            leank, {"leank-learned": LearnedScales} for that, {"palu": Factors} for palu and palu4; others ignore it.
         tokens: of the shortest segment for which the budget has to hold: fewer where images keep a share of their tokens.
 
     Raises:
@@ -271,6 +272,15 @@ def _svdq(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
     return SvdqCoder(name=name, geometry=geometry, bits=bits, setting=f"{sum(bits) / GROUPS:g} bits a number")
 
 
+def _palu(bits: int | None) -> Make:
+    def make(name: str, geometry: Geometry, ratio: float, state: State) -> Coder:
+        factors = state.get("palu")
+        ranks = palu_ranks(geometry, ratio, factors.fisher if factors is not None else None)
+        return PaluCoder(name=name, geometry=geometry, ranks=ranks, factors=factors, bits=bits, setting=rank_words(ranks, geometry))
+
+    return make
+
+
 LEAN_SHARES = 64  # steps of the share that leank's threshold lets through, before widths are rounded
 _KNOB = ("kv_budget", "keep_ratio")
 RIVALS: dict[str, Rival] = {
@@ -346,6 +356,8 @@ RIVALS: dict[str, Rival] = {
             _KNOB,
             True,
         ),
+        Rival("palu", "Palu: latents of groups of heads before RoPE, native, learned offline", _palu(None), palu_ratios, "palu", _KNOB),
+        Rival("palu4", "Palu: the same latents at 4 bits after a Hadamard rotation", _palu(BITS), palu_ratios, "palu", _KNOB),
         Rival("native", "Keys and Values as they are: what token selection alone keeps", _native, _once),
     )
 }

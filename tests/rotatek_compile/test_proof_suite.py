@@ -96,7 +96,7 @@ def test_every_method_of_keys_alone_at_every_share(entries):
             assert entry.kv_budget == entry.requested_budget or share > entry.requested_budget
     assert {e.setting for e in entries if e.axis == VALUES} == {f"Values {w}" for w in ("int4", "kivi4", "hadamard4", "calibrated4")}
     assert {e.method for e in entries if e.axis == "kv"} == {"dense", "artifact", "rotatek", "leank", *RIVALS} - (alone - {"leank"}) - {
-        "native", "leank-learned"
+        "native", "leank-learned", "palu", "palu4"
     }  # fmt: skip
     assert len({e.label for e in entries}) == len(entries)
 

@@ -5,8 +5,10 @@ Weights have unit gain, so that attention is peaked and every image and every Ke
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,3 +213,6 @@ def check_equal() -> Callable[..., None]:
         assert (got.logits - expected.logits).abs().max() <= tolerance
 
     return check
+
+
+sys.path.insert(0, str(Path(__file__).parent))  # for palu_cases, which files of two folders share

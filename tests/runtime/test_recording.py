@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from palu_cases import made_factors
 from transformers.cache_utils import DynamicCache
 
 from rotatek_compile.errors import RotateKError
@@ -33,7 +34,7 @@ def coder_of(name, geometry):
     if name is None:
         return None
     ratio = 0.5 if "keep_ratio" in RIVALS[name].settings else None
-    return make_coder(name, geometry, keep_ratio=ratio, state=STATE)
+    return make_coder(name, geometry, keep_ratio=ratio, state=STATE | {"palu": made_factors(geometry)})
 
 
 def decode(model, inputs, cache, steps=3):

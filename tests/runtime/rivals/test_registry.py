@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from palu_cases import made_factors
 
 from rotatek_compile.errors import UsageError
 from rotatek_compile.geometry import Geometry, LayerGeometry
@@ -27,7 +28,7 @@ def state_of(geometry):
     shapes = {i: (geometry.layers[i].kv_heads, geometry.layers[i].head_dim) for i in geometry.compressible}
     knockout = {i: torch.rand(heads, generator=generator) for i, (heads, _) in shapes.items()}
     energy = {i: torch.rand(shape, generator=generator) for i, shape in shapes.items()}
-    return {"knockout": knockout, "energy": energy, "leank-learned": LearnedScales(energy, {})}
+    return {"knockout": knockout, "energy": energy, "leank-learned": LearnedScales(energy, {}), "palu": made_factors(geometry)}
 
 
 def share(coder, geometry, tokens):
@@ -88,6 +89,8 @@ def test_smallest_budgets_by_hand():
         "kq-svd": 2 * (512 * 136 + 128 * 8) / (512 * 512),
         "leank": 8 * 128 / (512 * 512),  # mean Key and mean Value of every head
         "leank-learned": 8 * 128 / (512 * 512),
+        "palu": 2 * 32 / 512,  # one group of 2 heads a side, of rank 32
+        "palu4": 2 * (16 + 4) / 1024,
     }
     for name, number in expected.items():
         assert smallest_budget(name, geometry) == pytest.approx(number, rel=1e-12), name
@@ -108,6 +111,8 @@ def test_smallest_budgets_by_hand():
         ("paper", {"keep_ratio": 0.01}, "paper cannot keep 0.01; the smallest keep ratio on this model is 0.0625"),
         ("leank", {"keep_ratio": 0.5}, "leank needs calibrated energies of the channels and layer 0 has none"),
         ("leank", {"keep_ratio": 0.5, "state": {"energy": {0: torch.ones(2, 3)}}}, r"must be finite numbers \[2, 128\], got \[2, 3\]"),
+        ("palu", {"keep_ratio": 0.5}, "palu needs learned factors; make them with benchmarks/learn_palu.py and name the file"),
+        ("palu4", {"keep_ratio": 0.1}, "palu4 cannot keep 0.1; the smallest keep ratio on this model is 0.125"),
         ("leank-learned", {"keep_ratio": 0.5}, "needs learned scales and layer 0 has none; train them with benchmarks/learn_leank.py"),
         ("head-drop", {"kv_budget": 0.2}, "needs measured knock-outs and layer 0 has none"),
         ("head-drop", {"kv_budget": 0.2, "state": {"knockout": {0: torch.ones(3)}}}, "layer 0 must be 2 finite numbers"),
@@ -134,10 +139,13 @@ def test_head_dims_a_method_cannot_code():
 def test_the_registry():
     assert list(RIVALS) == [
         "int8", "int4", "fp8", "kivi4", "kivi2", "hadamard4", "hadamard2", "head-drop", "head-drop-native", "think", "paper",
-        "spark-sign", "spark-mean", "svdq", "kq-svd", "leank", "leank-learned", "native",
+        "spark-sign", "spark-mean", "svdq", "kq-svd", "leank", "leank-learned", "palu", "palu4", "native",
     ]  # fmt: skip
     learned = {name: rival.learned for name, rival in RIVALS.items() if rival.learned}
-    assert learned == {"head-drop": "knockout", "head-drop-native": "knockout", "leank": "energy", "leank-learned": "leank-learned"}
+    assert learned == {
+        "head-drop": "knockout", "head-drop-native": "knockout", "leank": "energy", "leank-learned": "leank-learned",
+        "palu": "palu", "palu4": "palu",
+    }  # fmt: skip
     alone = ["think", "paper", "spark-sign", "spark-mean", "svdq", "kq-svd", "leank", "leank-learned"]
     assert [name for name, rival in RIVALS.items() if rival.keys_only] == alone
     assert all(rival.settings[0] == "kv_budget" and rival.about for rival in RIVALS.values())
