@@ -3,11 +3,11 @@
     python benchmarks/evidence.py                                  # both bundled models, three calibrations each
     python benchmarks/evidence.py --models tiny-qwen3-vl --seeds 0 --documents 9 --only suite
 
-For every model: artifacts are compiled from one seed of the calibration documents each, `rotatek-eval --suite proof` measures every method
-with all of them, rotation and subspaces are measured again (bench_rotation.py, bench_subspaces.py). Each result is compared with what is
-committed: a row of the suite as check_results.py says, a figure of the others by its interval. Then the tables of README and docs are
-checked against the committed results. Every step says how long it took, long ones beforehand how long they may; finished ones are kept in
---work and not run again. Exit status 1 names what is outside.
+For every model: artifacts are compiled from one seed of the calibration documents each, LeanK and Palu learn from those of the first
+(learn_leank.py, learn_palu.py), `rotatek-eval --suite proof` measures every method with all of them, rotation and subspaces are measured
+again (bench_rotation.py, bench_subspaces.py). Each result is compared with what is committed: rows of the suite as check_results.py says,
+figures of the others by their intervals. Then the tables of README and docs are checked against the committed results. Every step says how long
+it took, long ones beforehand how long they may; finished ones are kept in --work and not run again. Exit status 1 names what is outside.
 
 Rows are compared with results/evidence-MODEL.csv, which --save writes from such a run of the defaults, so that documents are the same;
 where there is none, with the larger run of results/proof-MODEL.csv, whose intervals have to meet.
@@ -30,7 +30,8 @@ RESULTS = HERE / "results"
 OPTIONS = "options.json"  # in --work: of which run it is
 STEPS = ("suite", "rotation", "subspaces", "tables")
 # minutes on a quiet core of 2026, for the sentence before a step: of a calibration document, of a document by one method in one mode, ...
-COMPILING, ANSWERING, ENTRIES, CALIBRATED, ROTATING, SUBSPACES = 2.5 / 60, 0.35 / 60, 55, 46, 0.05, 0.15
+COMPILING, ANSWERING, ENTRIES, CALIBRATED, ROTATING, SUBSPACES = 2.5 / 60, 0.35 / 60, 73, 46, 0.05, 0.15
+LEANK, PALU = 12.0, 2.0  # of training one model
 Plain = dict[str, Any] | list[Any] | float | str | None
 
 
@@ -123,12 +124,34 @@ class Evidence:
             made.append(str(target))
         return made
 
+    def learned(self, model: str) -> list[str]:
+        """Files of what rivals learned by training; those that are there already are used."""
+        made = []
+        options = [
+            "--model",
+            model,
+            "--calib",
+            self.args.data,
+            "--num-samples",
+            str(self.args.num_samples),
+            "--seed",
+            str(self.args.seeds[0]),
+        ]
+        for script, minutes in (("learn_leank.py", LEANK), ("learn_palu.py", PALU)):
+            file = self.args.work / f"{script.removesuffix('.py')}-{model}.safetensors"
+            if not file.exists():
+                command = self.script(script, *options, "--device", self.args.device, "--quiet", "--output", str(file))
+                self.run(f"{script}, {model}", command, minutes)
+            made.append(str(file))
+        return made
+
     def suite(self, model: str) -> None:
         """Every method at every budget, both modes."""
         first, *others = self.artifacts(model)
         target = self.args.work / f"proof-{model}"
         options = ["--data", self.args.data, "--suite", "proof", "--num-samples", str(self.args.documents), "--device", self.args.device]
         options += [word for other in others for word in ("--also", other)]
+        options += [word for file in self.learned(model) for word in ("--learned", file)]
         options += ["--output", str(target), "--quiet", *(["--resume"] if (target / "documents.jsonl").exists() else [])]
         answers = 2 * self.args.documents * (ENTRIES + CALIBRATED * len(self.args.seeds))
         with (self.args.work / f"proof-{model}.txt").open("w") as shown:
@@ -217,7 +240,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["tiny-llava-next", "tiny-qwen3-vl"])
     parser.add_argument("--data", default="mixed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration, an artifact each")
-    parser.add_argument("--num-samples", type=int, default=72, help="calibration documents")
+    parser.add_argument("--num-samples", type=int, default=144, help="calibration documents")
     parser.add_argument("--documents", type=int, default=18, help="evaluation documents")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--device", default="cpu")

@@ -75,9 +75,14 @@ def played(tmp_path, monkeypatch):
 
 def test_the_suite_over_all_seeds(played, capsys):
     ended, seen = played("suite")
-    assert ended == 0 and [words[0] for words in seen] == ["rotatek-compile", "rotatek-compile", "rotatek-eval"]
-    assert [words[words.index("--seed") + 1] for words in seen[:2]] == ["0", "5"]
-    assert seen[2][1] == "tiny-0" and seen[2][seen[2].index("--also") + 1] == "tiny-5" and "--resume" not in seen[2]
+    python = Path(evidence.sys.executable).name
+    assert ended == 0 and [words[0] for words in seen] == ["rotatek-compile", "rotatek-compile", python, python, "rotatek-eval"]
+    assert [words[words.index("--seed") + 1] for words in seen[:4]] == ["0", "5", "0", "0"]  # what rivals learn is of the first seed
+    assert [words[1] for words in seen[2:4]] == ["learn_leank.py", "learn_palu.py"]
+    answered = seen[4]
+    assert answered[1] == "tiny-0" and answered[answered.index("--also") + 1] == "tiny-5" and "--resume" not in answered
+    learned = [answered[n + 1] for n, word in enumerate(answered) if word == "--learned"]
+    assert learned == ["learn_leank-tiny.safetensors", "learn_palu-tiny.safetensors"]
     shown = capsys.readouterr().out
     assert "tiny: no committed results to compare with" in shown and "all as committed" not in shown
     assert "what could be compared is as committed (not compared: tiny: the suite)" in shown

@@ -115,9 +115,7 @@ def test_file_size_limit(checkpoint, data_file, tmp_path, untouched, small_run):
     words = [BIN / "rotatek-compile", "--model", checkpoint, "--calib", data_file, "-o", tmp_path / "out", *small_run]
     quoted = " ".join(f"'{word}'" for word in words)
     environment = os.environ | {"ROTATEK_CACHE": str(tmp_path / "cache")}
-    ended = subprocess.run(
-        ["bash", "-c", f"ulimit -f 64; exec {quoted}"], capture_output=True, text=True, timeout=90, env=environment
-    )
+    ended = subprocess.run(["bash", "-c", f"ulimit -f 64; exec {quoted}"], capture_output=True, text=True, timeout=90, env=environment)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("error: could not ")
