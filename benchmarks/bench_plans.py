@@ -236,7 +236,7 @@ def measured_on(cutter: Cutter, items: Sequence[Encoded], plans: Sequence[Plan],
 
 
 def merged(files: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Results of runs over different models or budgets as those of one run, and the rows of their tables.
+    """Results of runs over different models or budgets as those of one run, and the rows of their tables; devices may differ, and are said.
 
     Raises:
         RotateKError: runs of which anything else differs, or two of the same model and budget.
@@ -248,8 +248,9 @@ def merged(files: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]
         with file.with_suffix(".csv").open(newline="", encoding="utf-8") as stream:
             table += list(csv.DictReader(stream))
         whole = whole or {**found, "models": {}}
+        whole["device"] = ", ".join(sorted({*whole["device"].split(", "), found["device"]}))
         for key in found.keys() | whole.keys():
-            if key != "models" and found.get(key) != whole.get(key):
+            if key not in ("models", "device") and found.get(key) != whole.get(key):
                 raise RotateKError(f"{file} is not of the same run as {files[0]}: {key} is {found.get(key)}, not {whole.get(key)}")
         for model, by_budget in found["models"].items():
             own = whole["models"].setdefault(model, {})

@@ -142,7 +142,7 @@ def measured(
     yield row_of(judge(model), None, 1.0, None, 0.0)
     for ratio in args.ratios:
         plans: dict[Way, RapPlan] = {}
-        for way in WAYS:
+        for way in (PUBLISHED, OURS, *TRAINED) if args.brief else WAYS:
             start = time.perf_counter()
             if way.trained and (not args.recover or TRAINED[way] not in args.trained):
                 continue
@@ -181,7 +181,8 @@ def trained(model: Any, plan: RapPlan, statistics: RapStatistics, geometry: Geom
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """One model's table as markdown, from rows as a CSV has them."""
     first = rows[0]
-    steps = f", recovery of {first['recover']} steps at the best of {first['rates']}" if int(first["recover"]) else ""
+    trained = any(int(row["trained"]) for row in rows)
+    steps = f", recovery of {first['recover']} steps at the best of {first['rates']}" if trained else ""
     head = f"{first['model']}, {first['documents']} documents of {first['data']}, {versions(dict(first))}{steps}"
     out = [
         head,
@@ -280,6 +281,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=120, help="evaluation documents")
     parser.add_argument("--recover", type=int, default=300, metavar="STEPS", help="0: no row with training")
     parser.add_argument("--trained", nargs="+", choices=("published", "ours"), default=["published", "ours"], help="rows with training")
+    parser.add_argument("--brief", action="store_true", help="only the published row, ours, and those with training")
     parser.add_argument("--recover-batch", type=int, default=8)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-4, 1e-4], help="peak learning rates that recovery tries")
     parser.add_argument("--batch-size", type=int, default=4)

@@ -6,8 +6,9 @@
 For every model: artifacts are compiled from one seed of the calibration documents each, LeanK and Palu learn from those of the first
 (learn_leank.py, learn_palu.py), `rotatek-eval --suite proof` measures every method with all of them, rotation and subspaces are measured
 again (bench_rotation.py, bench_subspaces.py). Each result is compared with what is committed: rows of the suite as check_results.py says,
-figures of the others by their intervals. Then the tables of README and docs are checked against the committed results. Every step says how long
-it took, long ones beforehand how long they may; finished ones are kept in --work and not run again. Exit status 1 names what is outside.
+figures of the others by their intervals. Then the tables of README and docs are checked against the committed results. Every step says
+how long it took, long ones beforehand how long they may; finished ones are kept in --work and not run again. Exit status 1 names what is
+outside.
 
 Rows are compared with results/evidence-MODEL.csv, which --save writes from such a run of the defaults, so that documents are the same;
 where there is none, with the larger run of results/proof-MODEL.csv, whose intervals have to meet.

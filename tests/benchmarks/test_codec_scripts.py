@@ -217,6 +217,7 @@ def test_budgets_of_plans_that_were_measured_one_by_one_are_put_together(tmp_pat
         "models": {"m": {"seconds": {"planning": 4.0}, "0.125": {"plans": 40}, "0.03125": {"plans": 40}}},
     }
     assert [row["budget"] for row in table] == ["0.125", "0.03125"]
+    assert plans.merged([some[0], file("e", 0.5, device="gpu")])[0]["device"] == "cpu, gpu"
     with pytest.raises(RotateKError, match=r"0\.125 again"):
         plans.merged([*some, file("c", 0.125)])
     with pytest.raises(RotateKError, match="skipped is 0, not 504"):
