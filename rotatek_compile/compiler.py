@@ -189,7 +189,8 @@ def compile_ours(
 
     before = time.perf_counter()
     main = bases[method.kinds[0]]  # of images, unless the model reads text alone
-    cutter = Cutter(model, geometry, main["key"], method.span == "all", main["value"])
+    window = None if method.text_only else method.window  # short passages of a text-only model would leave nothing to measure
+    cutter = Cutter(model, geometry, main["key"], method.span == "all", main["value"], window)
     usual = UsualSegments(geometry, moments, bases)
     cutter.watch = usual.see
     rows = geometry.rows_at_once(options.batch_size)

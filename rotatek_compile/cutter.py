@@ -18,6 +18,7 @@ from .bases import Basis
 from .batches import Chunk, Encoded, join, merge_media, pad, positions, refuse_gaps
 from .geometry import Geometry
 from .kernels.slabs import Slabs
+from .kernels.table import BLOCK
 from .placement import input_device
 from .plan import HeadPlan
 from .recoding import CodingBasis, Run, recoded, runs_of
@@ -81,15 +82,23 @@ class Cutter:
         bases: calibrated basis of the Keys per compressed layer; knock-outs need none, nor do cuts to no direction at all.
         span_all: text before and between the images is cut too.
         values: likewise of the Values.
+        window: tokens of text at a prompt's end that a cache keeps raw, what is older being coded in blocks; None: all text is cut, as if
+            it were old.
 
     Attributes:
         watch: called with every batch that is prefilled (usual.py).
     """
 
     def __init__(
-        self, model: Any, geometry: Geometry, bases: Mapping[int, Basis], span_all: bool, values: Mapping[int, Basis] | None = None
+        self,
+        model: Any,
+        geometry: Geometry,
+        bases: Mapping[int, Basis],
+        span_all: bool,
+        values: Mapping[int, Basis] | None = None,
+        window: int | None = None,
     ) -> None:
-        self.model, self.geometry, self.span_all = model, geometry, span_all
+        self.model, self.geometry, self.span_all, self.window = model, geometry, span_all, window
         self.device, self.dtype = input_device(model), model.dtype
         sides = {"key": bases, "value": values or {}}
         self.spectra = {side: {i: b.spectrum for i, b in found.items()} for side, found in sides.items()}
@@ -108,7 +117,9 @@ class Cutter:
             visual |= prefix.ids == token
         real = prefix.mask.bool()
         images = _one_hot(visual & real).to(self.device)
-        coded = _one_hot(real).to(self.device) if self.span_all else images
+        coded = images
+        if self.span_all:
+            coded = torch.cat([images, _one_hot(self._old_text(real & ~visual, items)).to(self.device)], -1)
         scored = pad([item.answer for item in items], 0).mask.bool().to(self.device)
         doc = Prefilled(list(items), prefix, cache, coded, images, scored, torch.empty(0), {}, runs_of(coded))
         self._forward(doc, prefix, None, 1, merge_media(items, self.device, self.dtype, prefix))
@@ -188,6 +199,14 @@ class Cutter:
         finally:
             self._restore(doc, before)
         return out
+
+    def _old_text(self, text: Tensor, items: Sequence[Encoded]) -> Tensor:
+        """Of the text before the last image, bool [B, T], what a cache has coded once the prompt is read."""
+        if self.window is None:
+            return text
+        count, after = text.sum(1), torch.tensor([len(item.prompt) - item.visual_end for item in items])
+        old = (count + after - self.window).clamp_min(0) // BLOCK * BLOCK
+        return text & (text.cumsum(1) <= old[:, None])
 
     def _changing(self, plan: Cut) -> dict[int, dict[int, HeadPlan]]:
         """A cut without the heads that it leaves raw."""

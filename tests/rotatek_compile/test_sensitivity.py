@@ -1,5 +1,7 @@
 """KL of the answers when heads are cut: nothing for what stays raw and for heads that nobody reads; the cache stays as it was."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from rotatek_compile.cost_curves import distortions
 from rotatek_compile.cutter import Cutter
 from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.plan import HeadPlan
-from rotatek_compile.recoding import recoded
+from rotatek_compile.recoding import recoded, runs_of
 from rotatek_compile.sensitivity import JointCheck, joint_kl, levels_for, measure
 
 RAW, NONE = Slabs(32), Slabs()
@@ -28,7 +30,7 @@ def only_values(count):
 def cutter(tiny, tiny_geometry):
     generator = torch.Generator().manual_seed(0)
     key, value = ({i: pca(a @ a.mT) for i, a in enumerate(torch.randn(3, 2, 32, 32, generator=generator))} for _ in range(2))
-    return lambda model=tiny, span_all=False: Cutter(model, tiny_geometry, key, span_all, value)
+    return lambda model=tiny, span_all=False, window=None: Cutter(model, tiny_geometry, key, span_all, value, window)
 
 
 def full_logprobs(model, item):
@@ -117,9 +119,24 @@ def test_measure_is_the_mean_per_answer_token(cutter, documents):
 
 
 def test_span_all_cuts_text_too(cutter, documents):
-    doc = cutter(span_all=True).prefill(documents[1])
-    assert doc.coded.tolist() == [[[1.0]] * documents[1].visual_end]
-    assert doc.images[0].sum(0).tolist() == [56, 52]
+    item = documents[1]
+    doc = cutter(span_all=True).prefill(item)
+    assert torch.equal(doc.coded.sum(-1), torch.ones(1, item.visual_end))
+    assert doc.images[0].sum(0).tolist() == [56, 52] == doc.coded[0].sum(0).tolist()[:2]
+    assert {run[1:] for run in runs_of(doc.images)} < {run[1:] for run in doc.runs}  # images are segments of their own, as in a cache
+
+
+def test_the_newest_text_is_cut_no_more_than_a_cache_codes_it(cutter, documents):
+    """The oldest text in whole blocks, counted from the prompt's end; images always."""
+    one = replace(documents[1], prompt=[7] * 150 + documents[1].prompt, visual_end=documents[1].visual_end + 150)
+    text = len(one.prompt) - 108
+    for window, old in ((0, text // 64 * 64), (20, (text - 20) // 64 * 64), (text - 64, 64), (text - 63, 0), (text, 0), (10**6, 0)):
+        doc = cutter(span_all=True, window=window).prefill(one)
+        before = one.visual_end - 108
+        assert doc.coded.sum() == 108 + min(old, before)
+        places = doc.coded[0].sum(-1).bool() & ~doc.images[0].any(-1)
+        wanted = (~doc.images[0].any(-1)).nonzero().flatten()[: min(old, before)]
+        assert torch.equal(places.nonzero().flatten(), wanted)
 
 
 def test_levels():
