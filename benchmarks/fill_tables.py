@@ -49,6 +49,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         page = placed(f"proof-{model}")
         if page and (HERE / "results" / f"proof-{model}.csv").exists():
             found[page, f"proof-{model}"] = [["print_suite.py", f"proof-{model}.csv", "--versus"], ["print_suite.py", f"proof-{model}.csv"]]
+    found["docs/rivals.md", "evidence"] = [["print_suite.py", file, "--versus"] for file in measured("evidence-{}.csv")]
     found["docs/codec.md", "encode"] = [["bench_encode.py", "--print", "encode.json"]]
     more = [
         ("decode-rates", "--rates"),
