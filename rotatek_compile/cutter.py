@@ -21,7 +21,7 @@ from .kernels.slabs import Slabs
 from .kernels.table import BLOCK
 from .placement import input_device
 from .plan import HeadPlan
-from .recoding import CodingBasis, Run, recoded, runs_of
+from .recoding import CodingBasis, Run, recoded, runs_of, segments_of, to_means
 from .rereading import Replaced, decoder_layers, noting_entries, rereading, starting_at
 
 Pair = tuple[int, int]  # layer, KV head
@@ -51,9 +51,16 @@ class Prefilled:
         """Of the cached Keys and Values."""
         return sum(x.numel() * x.element_size() for layer in self.cache.layers for x in (layer.keys, layer.values))
 
-    def kl_from(self, got: Tensor) -> Tensor:
-        """KL(dense || got) summed over each document's answer tokens, fp64 [B], of log-probabilities [B, L, vocabulary]."""
-        kl = (self.reference.exp() * (self.reference - got)).sum(-1).clamp_min(0)
+    def kl_from(self, got: Tensor, temperature: float = 1.0) -> Tensor:
+        """KL(dense || got) summed over each document's answer tokens, fp64 [B], of log-probabilities [B, L, vocabulary].
+
+        Args:
+            temperature: what logits of both are divided by first.
+        """
+        dense = self.reference
+        if temperature != 1:
+            dense, got = ((x / temperature).log_softmax(-1) for x in (dense, got))
+        kl = (dense.exp() * (dense - got)).sum(-1).clamp_min(0)
         return (kl * self.scored).sum(1)
 
     def park(self) -> None:
@@ -104,7 +111,7 @@ class Cutter:
         self.spectra = {side: {i: b.spectrum for i, b in found.items()} for side, found in sides.items()}
         self.bases = {side: {i: CodingBasis.of(b, self.device) for i, b in found.items()} for side, found in sides.items()}
         self.layers = decoder_layers(model, len(geometry.layers))
-        self.errors = 1.0
+        self.errors = self.temperature = 1.0
         self.watch: Callable[[Prefilled], None] = lambda doc: None
 
     @torch.inference_mode()
@@ -116,10 +123,10 @@ class Cutter:
         for token in self.geometry.visual_token_ids:
             visual |= prefix.ids == token
         real = prefix.mask.bool()
-        images = _one_hot(visual & real).to(self.device)
+        images = segments_of(visual & real).to(self.device)
         coded = images
         if self.span_all:
-            coded = torch.cat([images, _one_hot(self._old_text(real & ~visual, items)).to(self.device)], -1)
+            coded = torch.cat([images, segments_of(self._old_text(real & ~visual, items)).to(self.device)], -1)
         scored = pad([item.answer for item in items], 0).mask.bool().to(self.device)
         doc = Prefilled(list(items), prefix, cache, coded, images, scored, torch.empty(0), {}, runs_of(coded))
         self._forward(doc, prefix, None, 1, merge_media(items, self.device, self.dtype, prefix))
@@ -152,7 +159,7 @@ class Cutter:
         for start in range(0, len(changing), step):
             numbers = changing[start : start + step]
             for number, got in zip(numbers, self._answers(doc, [cuts[n] for n in numbers]), strict=True):
-                found[number] = doc.kl_from(got)
+                found[number] = doc.kl_from(got, self.temperature)
         return found
 
     @contextmanager
@@ -163,6 +170,15 @@ class Cutter:
             yield
         finally:
             self.errors = 1.0
+
+    @contextmanager
+    def tempered(self, temperature: float) -> Iterator[None]:
+        """KL of distributions whose logits are divided by this (`Prefilled.kl_from`)."""
+        self.temperature = temperature
+        try:
+            yield
+        finally:
+            self.temperature = 1.0
 
     @contextmanager
     def cut(self, doc: Prefilled, plan: Cut, dropped: Collection[Pair] = ()) -> Iterator[None]:
@@ -286,21 +302,3 @@ class Cutter:
             layer.keys, layer.values = keys, values
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = doc.prefix.ids.shape[1]
-
-
-def segment_means(x: Tensor, segments: Tensor) -> Tensor:
-    """Each column's segment mean, fp32 [B, T, D], of x [B, T, D] and one-hot segments float32 [B, T, S]; 0 outside segments."""
-    counts = segments.sum(1).clamp_min(1)[:, :, None]
-    return segments @ ((segments.mT @ x.float()) / counts)
-
-
-def to_means(x: Tensor, segments: Tensor) -> Tensor:
-    """x [B, T, D] with the columns of every segment replaced by the segment's mean."""
-    return torch.where(segments.any(-1, keepdim=True), segment_means(x, segments).to(x.dtype), x)
-
-
-def _one_hot(columns: Tensor) -> Tensor:
-    """Runs of true columns of bool [B, T] as segments: float32 [B, T, S]."""
-    starts = columns & ~torch.nn.functional.pad(columns, (1, 0))[:, :-1]
-    index = starts.long().cumsum(1) * columns  # 0 outside, then 1, 2, ...
-    return torch.nn.functional.one_hot(index)[..., 1:].float()

@@ -22,10 +22,11 @@ from .sensitivity import JointCheck
 
 @dataclass(frozen=True, slots=True)
 class Cautious:
-    """What plans are compared by: KL measured on the documents of the check, plus what cuts of single heads make one expect.
+    """What plans are compared by: tempered KL on the documents of the check, plus what cuts of single heads make one expect.
 
     Where a plan is good, a hundred documents say little about it: what it costs on others is in few of them, and of the plans that these
-    hundred do not mind some cost others dearly. The sum is measured where there is something to measure, and careful where there is not.
+    hundred do not mind some cost others dearly. At a higher temperature (sensitivity.TEMPERATURE) every document shows how near a plan has
+    brought it to another answer. The sum is careful where there is still nothing to measure.
     """
 
     check: JointCheck
@@ -33,7 +34,7 @@ class Cautious:
 
     def __call__(self, plan: Plan, most: float = math.inf) -> float:
         expected = predicted_kl(plan, self.expected)
-        return self.check(plan, most - expected) + expected
+        return self.check.tempered(plan, most - expected) + expected
 
 
 def plan_from(geometry: Geometry, costs: Costs, check: JointCheck, method: Method) -> tuple[Plan, Method, dict[str, Any]]:

@@ -77,3 +77,21 @@ def runs_of(segments: Tensor) -> list[Run]:
             if len(places):
                 found.append((row, int(places[0]), int(places[-1]) + 1))
     return found
+
+
+def segment_means(x: Tensor, segments: Tensor) -> Tensor:
+    """Each column's segment mean, fp32 [B, T, D], of x [B, T, D] and one-hot segments float32 [B, T, S]; 0 outside segments."""
+    counts = segments.sum(1).clamp_min(1)[:, :, None]
+    return segments @ ((segments.mT @ x.float()) / counts)
+
+
+def to_means(x: Tensor, segments: Tensor) -> Tensor:
+    """x [B, T, D] with the columns of every segment replaced by the segment's mean."""
+    return torch.where(segments.any(-1, keepdim=True), segment_means(x, segments).to(x.dtype), x)
+
+
+def segments_of(columns: Tensor) -> Tensor:
+    """Runs of true columns of bool [B, T] as segments: float32 [B, T, S]."""
+    starts = columns & ~torch.nn.functional.pad(columns, (1, 0))[:, :-1]
+    index = starts.long().cumsum(1) * columns  # 0 outside, then 1, 2, ...
+    return torch.nn.functional.one_hot(index)[..., 1:].float()

@@ -28,11 +28,12 @@ def test_plans_are_compared_by_what_is_measured_and_what_is_expected(expected):
     kept, dropped = {0: [few, raw]}, {0: [none, raw]}
     asked = []
 
-    def check(plan, most):
-        asked.append(most)
-        return 0.25
+    class Check:
+        def tempered(self, plan, most):
+            asked.append(most)
+            return 0.25
 
-    compared = Cautious(check, expected)
+    compared = Cautious(Check(), expected)
     assert compared(kept) == pytest.approx(0.25 + predicted_kl(kept, expected)) and asked == [math.inf]
     assert compared(dropped) > compared(kept) + 0.5
     compared(kept, 1.0)  # what was expected leaves so much less to be measured

@@ -11,7 +11,7 @@ from rotatek_compile.cutter import Cutter
 from rotatek_compile.kernels.slabs import Slabs
 from rotatek_compile.plan import HeadPlan
 from rotatek_compile.recoding import recoded, runs_of
-from rotatek_compile.sensitivity import JointCheck, joint_kl, levels_for, measure
+from rotatek_compile.sensitivity import TEMPERATURE, JointCheck, joint_kl, levels_for, measure
 
 RAW, NONE = Slabs(32), Slabs()
 LEVELS = (NONE, Slabs(8), Slabs(nibble=16))
@@ -256,6 +256,19 @@ def test_stress(cutter, documents):
     assert 3 * plain < at_twice < 5 * plain and c.errors == 1
 
 
+def test_plans_are_compared_at_a_higher_temperature(cutter, tiny, documents):
+    """KL between softmax(logits / T) of the dense and the cut model, by hand; what is asked for in nats stays at 1."""
+    c, item = cutter(), documents[0]
+    doc, plan = c.prefill(item), {i: [only_keys(8), only_keys(8)] for i in range(3)}
+    check = JointCheck(c, [doc])
+    with c.cut(doc, {i: dict(enumerate(heads)) for i, heads in plan.items()}), torch.no_grad():
+        (got,) = c._answers(doc, [({}, ())])
+    for asked, temperature in ((check, 1.0), (check.tempered, TEMPERATURE)):
+        p, q = ((x / temperature).softmax(-1) for x in (doc.reference, got))
+        assert asked(plan) == pytest.approx(float((p * (p / q).log()).sum().detach()) / len(item.answer), rel=1e-4)
+    assert check(plan) != pytest.approx(check.tempered(plan), rel=0.1) and c.temperature == 1
+
+
 def test_relief_is_what_a_raw_head_saves(cutter, documents, monkeypatch):
     monkeypatch.setattr("rotatek_compile.sensitivity.WORST", 1)
     c = cutter()
@@ -265,7 +278,7 @@ def test_relief_is_what_a_raw_head_saves(cutter, documents, monkeypatch):
     check(plan)  # says which document is the worst
     found = check.relief(plan)
     assert sorted(found) == [(i, h) for i in range(3) for h in range(2)] and abs(found[2, 0]) < 1e-5
-    with c.stressed(2.0):
+    with c.stressed(2.0), c.tempered(TEMPERATURE):
         costs = [c.kl(doc, {i: dict(enumerate(heads)) for i, heads in plan.items()})[0] for doc in docs]
         without = [c.kl(doc, {0: {0: plan[0][0], 1: plan[0][1]}, 1: {0: plan[1][0]}, 2: {1: plan[2][1]}})[0] for doc in docs]
     worst = max((0, 1), key=lambda n: costs[n])
