@@ -62,10 +62,15 @@ def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: Tensor) -> None:
     cos, sin = (x.expand(batch, -1, -1) for x in (cos, sin))
     pairs_kernel[(batch * blocks, heads, group + 1 if few else 1)](
         q, k, cos, sin, pairs, tokens, blocks, q.stride(0), q.stride(1), k.stride(0), k.stride(1), *cos.stride(), *sin.stride(),
-        G=group, PAIRS=count, MP=power, BLOCK_T=block, SPREAD=few, num_warps=1 if few else 4, enable_fp_fusion=False,
+        G=group, PAIRS=count, MP=power, BLOCK_T=block, SPREAD=few, **options(few),
     )  # fmt: skip
 
 
 def block_of(count: int) -> int:
     """Tokens of a block of a prefill, with `count` pairs a head; a power of two."""
     return max(1, BLOCK_NUMBERS // (1 << (count - 1).bit_length()))
+
+
+def options(few: bool) -> dict[str, int | bool]:
+    """How the kernel is compiled. A product and a sum must not be fused: that would leave out the rounding between them."""
+    return {"num_warps": 1 if few else 4, "enable_fp_fusion": False}

@@ -50,7 +50,7 @@ def pairs_source(group: int, count: int, native: str, few: bool) -> tuple[ASTSou
     kernel = pairs_kernels.pairs_kernel
     types = {name: "i32" for name in kernel.arg_names if name.startswith("stride_")} | {"pairs": "*i64", "tokens": "i32", "blocks": "i32"}
     built = source(kernel, constants, types, native, ("tokens", "blocks", "stride_cd", "stride_sd"))
-    return built, {"num_warps": 1 if few else 4, "enable_fp_fusion": False}
+    return built, dict(pairs.options(few))
 
 
 def split_source(group: int, new: int, width: int, value: int, native: str) -> tuple[ASTSource, dict[str, Any]]:
