@@ -189,6 +189,21 @@ def test_where_torch_does_it(module, fakes):
         module.config._attn_implementation = "sdpa"
 
 
+def test_a_compiler_sees_torch_alone(module, fakes):
+    """One graph, without a kernel in it; what was proven before changes nothing."""
+    run(module)
+    fakes.turns = fakes.attends = 0
+    places, x = LlamaRotaryEmbedding(module.config)(torch.zeros(1), torch.tensor([[4]])), torch.randn(2, 1, 32)
+    step = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.allclose(step(x, position_embeddings=places)[0], run_once(module, x, places), atol=1e-6)
+    assert (fakes.turns, fakes.attends) == (0, 0)
+
+
+def run_once(module, x, places):
+    with rap_kernels.left_out():
+        return module(x, position_embeddings=places)[0]
+
+
 def test_a_mask_is_for_torch(module, fakes):
     run(module)
     rope, x = LlamaRotaryEmbedding(module.config), torch.randn(1, 1, 32)
