@@ -74,6 +74,8 @@ class PairPrunedAttention(nn.Module):
     pairs: Tensor
     eager: Any
     config: Any
+    layer_idx: Any
+    scaling: Any
 
     def __init__(self, stock: nn.Module, widths: Widths) -> None:
         nn.Module.__init__(self)  # not the stock module's: it would make projections of the full width

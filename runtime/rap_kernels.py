@@ -94,7 +94,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 def _usable(*tensors: Tensor) -> bool:
     """Whether kernels may run on these: plain tensors on a GPU, no gradient to come, and no compiler or tracer that looks on."""
-    if _left_out or torch.compiler.is_compiling() or torch.jit.is_tracing() or not runs_on(tensors[0].device):
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if _left_out or torch.compiler.is_compiling() or tracing or not runs_on(tensors[0].device):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False

@@ -1,11 +1,13 @@
 """When pruned attention uses its kernels: proven first on the call's own numbers, left out with one warning where they are wrong."""
 
+import copy
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,30 @@ def test_a_mask_is_for_torch(module, fakes):
     before = fakes.attends
     module(x, position_embeddings=rope(x, torch.zeros(1, 1)), attention_mask=mask)
     assert fakes.attends == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu(module, monkeypatch, dtype):
+    """Without a warning: every kernel is proven there, and used."""
+    monkeypatch.setattr(rap_kernels, "_proven", {})
+    moved = copy.deepcopy(module).to("cuda", dtype)
+    moved.pairs = module.pairs.cuda()
+    rope, outputs = LlamaRotaryEmbedding(module.config).to("cuda"), []
+    for kernels in (nullcontext(), rap_kernels.left_out()):
+        past, at = DynamicCache(), 0
+        with kernels, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for n, count in enumerate((300, 1, 1)):
+                x = torch.randn(2, count, 32, generator=torch.Generator().manual_seed(n)).to("cuda", dtype)
+                places = rope(x, torch.arange(at, at + count, device="cuda")[None])
+                outputs.append(moved(x, position_embeddings=places, attention_mask=None, past_key_values=past)[0])
+                at += count
+    assert list(rap_kernels._proven.values()) == [True] * 3
+    for found, expected in zip(outputs[:3], outputs[3:], strict=True):
+        assert float((found - expected).float().norm() / expected.float().norm()) < rap_kernels.LIMITS[dtype]
+    assert torch.equal(outputs[0], outputs[3])  # RoPE is the same to the bit, and nothing else differs at prefill
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
