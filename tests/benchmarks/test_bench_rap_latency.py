@@ -1,5 +1,7 @@
 """The script that times pruned attention: every setting in every phase and batch, as shares of the dense layer's time."""
 
+from contextlib import nullcontext
+
 import bench_rap_latency
 import pytest
 import rap_latency_cases
@@ -98,6 +100,27 @@ def test_kernels_are_on_and_off(bench, monkeypatch):
     assert set(asked) == {name for name in DECODE if name != "dense" and "torch" not in name}
     assert len(bench.modules[None]) == rap_latency_cases.COPIES and bench.layer.self_attn not in bench.modules[None]
     assert bench_rap_latency.COPIES == rap_latency_cases.COPIES
+
+
+def test_graph_time_is_that_of_one_step(monkeypatch):
+    """With CUDA's classes played on the CPU: replays of 8, 6 and 7 ms of two steps are 3.5 ms each."""
+    calls, times = [], iter((8.0, 6.0, 7.0))
+
+    class Fake:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        wait_stream = replay = record = synchronize = lambda self, *args: calls.append("")
+        elapsed_time = lambda self, other: next(times)  # noqa: E731
+
+    for name in ("Stream", "CUDAGraph", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Fake)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: nullcontext())
+    monkeypatch.setattr(bench_rap_latency, "ENOUGH", 0)
+    steps = []
+    assert bench_rap_latency.graph_ms([lambda: steps.append(1), lambda: steps.append(2)], 20) == 3.5
+    assert steps == [1, 2, 1, 2]  # a warm-up and the capture
 
 
 def test_ways_of_real_settings():
