@@ -4,10 +4,14 @@
     python benchmarks/bench_rap_latency.py --small --output /tmp/rap_latency.csv        # the same path with a small layer, on a CPU
     python benchmarks/bench_rap_latency.py --print benchmarks/results/rap_latency.csv
 
-Weights and tokens are random, batch 1. "Attention" is the module: projections, RoPE, attention over the cache, output projection; decode
-reads a cache that is full but for the new token and writes that in place, so that no copy of it is timed. Every setting is timed in
-turns with the dense one; figures are medians. Where several tokens arrive the narrower of Keys and Values is padded with zeros, so that
-flash kernels run; `padded` does so while decoding too. The padding is timed.
+Weights, tokens and caches are random. "Attention" is the module: projections, RoPE, attention over the cache, output projection; decode
+reads a cache that is full but for the new token and writes that in place, so that no copy of it is timed. Figures are medians.
+
+Two clocks: `ms` is the wall clock around one eager call, in which short calls wait for Python; `graph_ms`, on a GPU, is the time of a CUDA
+graph over several modules with weights and a cache each, per module, so that neither the host nor the L2 cache counts. A pruned setting is
+timed as the product computes it (our kernels where they serve), by torch alone, and, where Keys and Values differ in width: with the
+narrower one padded at every step of decoding, and by cuDNN as they are at prefill. What does not run is named and left out; after
+`--seconds` nothing more is begun.
 """
 
 from __future__ import annotations
@@ -16,182 +20,200 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measuring import Rows, add_device_options, add_table_options, ended, show_table, versions  # noqa: E402
-
-from rotatek_compile.rap_plan import Widths
-from rotatek_compile.runtime.rap_attention import pruned_class
+from rap_latency_cases import COPIES, SETTINGS, SMALL, Kind, beside, caches_of, kinds_of, layer_of, register, steps_of  # noqa: E402
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
-SETTINGS = {  # at keep ratio 0.7 of 128 channels, steps of 8 pairs and directions; (2m + r) / 256
-    "K 64, V 112": Widths(32, 112),
-    "K 80, V 96": Widths(40, 96),
-    "K 96, V 80": Widths(48, 80),
-}
-SMALL = {"K 16, V 24": Widths(8, 24)}
-PADDED = "rotatek_padded_sdpa"
+MOST_TOKENS = 65536  # of all sequences of a prefill
+ENOUGH = 0.1  # seconds of one clock for one row: after them three calls do
+TOLERANCE = 5e-2  # of a variant's output from that of torch; not a test of the kernels, but nothing that is wrong is timed
+FIELDS = (
+    "phase",
+    "batch",
+    "tokens",
+    "part",
+    "setting",
+    "ms",
+    "share",
+    "graph_ms",
+    "graph_share",
+    "device",
+    "dtype",
+    "torch",
+    "transformers",
+)
+Step = Callable[[], Any]
 
 
-class Filled:
-    """A cache of one layer that is full but for the newest token."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Put the new token in the last place; a prefill is its own cache."""
-        if key.shape[2] > 1:
-            return key, value
-        self.keys[:, :, -1:], self.values[:, :, -1:] = key, value
-        return self.keys, self.values
+def wall_ms(step: Step, device: torch.device, repeats: int) -> float:
+    """Median milliseconds of an eager call, after one that is not counted."""
+    found: list[float] = []
+    while len(found) <= repeats and (len(found) <= 3 or sum(found) < 1e3 * ENOUGH):
+        _wait(device)
+        start = time.perf_counter()
+        step()
+        _wait(device)
+        found.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found[1:])
 
 
-def layer_of(small: bool, device: torch.device, dtype: torch.dtype) -> Any:
-    """A decoder layer with random weights, and its rotary embedding."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-
-    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-    if small:
-        shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    config = LlamaConfig(**shape, max_position_embeddings=131072, num_hidden_layers=1)  # type: ignore[arg-type]
-    config._attn_implementation = "sdpa"
-    with torch.device(device):
-        layer, rope = LlamaDecoderLayer(config, 0).to(dtype).eval(), LlamaRotaryEmbedding(config)
-    return layer, rope, config
-
-
-def narrowed(stock: Any, widths: Widths) -> Any:
-    """A pair-pruned module beside a stock one, with random weights and pairs."""
-    module: Any = pruned_class(type(stock))(stock, widths)
-    device = stock.q_proj.weight.device
-    for p in module.parameters():
-        nn.init.normal_(p, std=0.02)
-    heads, half = module.pairs.shape[0], stock.head_dim // 2
-    module.pairs = torch.stack([torch.randperm(half, device=device)[: widths.pairs].sort().values for _ in range(heads)])
-    return module.eval()
+def graph_ms(steps: Sequence[Step], repeats: int) -> float:
+    """Median milliseconds per step of replays of a CUDA graph of all steps."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in steps:
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    graph.replay()
+    found: list[float] = []
+    while len(found) < repeats and (len(found) < 3 or sum(found) < 1e3 * ENOUGH):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        found.append(start.elapsed_time(stop))
+    return statistics.median(found) / len(steps)
 
 
-def milliseconds(runs: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median time of each, timed in turns after a warm-up."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 2):
-        for name, run in runs.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat > 1:
-                found[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(times) for name, times in found.items()}
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-@torch.inference_mode()
-def measure(small: bool, lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, repeats: int) -> Rows:
-    """One row per phase, length, setting and part: milliseconds, and their share of the dense layer's."""
-    import transformers
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+class Bench:
+    """One run: what it is about, when it has to end, and the rows so far."""
 
-    AttentionInterface.register(PADDED, sdpa_attention_forward)
-    layer, rope, config = layer_of(small, device, dtype)
-    stock = layer.self_attn
-    modules = {name: narrowed(stock, widths) for name, widths in (SMALL if small else SETTINGS).items()}
-    kinds = [("dense", stock, "sdpa")]
-    for name, module in modules.items():
-        kinds += [(name, module, "sdpa"), (f"{name}, padded", module, PADDED)]
-    about = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    rows: Rows = []
-    for length in lengths:
-        for phase, tokens in (("prefill", length), ("decode", 1)):
-            x = torch.randn(1, tokens, config.hidden_size, device=device, dtype=dtype)
-            places = rope(x, torch.arange(length - tokens, length, device=device)[None])
-            attention, whole = {}, {}
-            for name, module, implementation in kinds:
-                run = _run(layer, module, implementation, x, places, length if phase == "decode" else 0)
-                attention[name], whole[name] = run
-            for part, runs in (("attention", attention), ("layer", whole)):
-                times = milliseconds(runs, device, repeats)
-                rows += [
-                    {
-                        "phase": phase,
-                        "tokens": length,
-                        "part": part,
-                        "setting": name,
-                        "ms": round(ms, 4),
-                        "share": round(ms / times["dense"], 4),
-                    }
-                    | about
-                    for name, ms in times.items()
-                ]
-            del attention, whole
-    return rows
+    def __init__(self, small: bool, device: torch.device, dtype: torch.dtype, repeats: int, seconds: float) -> None:
+        import transformers
 
+        register()
+        self.device, self.dtype, self.repeats, self.until = device, dtype, repeats, time.monotonic() + seconds
+        self.settings = SMALL if small else SETTINGS
+        self.layer, self.rope, self.config = layer_of(small, device, dtype)
+        self.modules: dict[str | None, list[Any]] = {}
+        self.rows: Rows = []
+        self.about = {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
 
-def _run(
-    layer: Any, module: Any, implementation: str, x: Tensor, places: tuple[Tensor, Tensor], cached: int
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The attention alone, and the whole layer with this attention in it."""
-    heads = module.config.num_key_value_heads
-    key = module.k_proj.out_features // heads
-    value = module.v_proj.out_features // heads
-    cache = Filled(x.new_ones(1, heads, cached, key), x.new_ones(1, heads, cached, value))
+    @torch.inference_mode()
+    def point(self, phase: str, batch: int, tokens: int) -> None:
+        """All rows of one phase, batch and length."""
+        new = tokens if phase == "prefill" else 1
+        x = torch.randn(batch, new, self.config.hidden_size, device=self.device, dtype=self.dtype)
+        places = self.rope(x, torch.arange(tokens - new, tokens, device=self.device)[None])
+        dense: dict[str, dict[str, float]] = {}
+        right: dict[str | None, Tensor] = {}  # what torch gives, by setting
+        for kind in kinds_of(self.settings, phase):
+            where = f"{phase}, batch {batch}, {tokens} tokens, {kind.name}"
+            if time.monotonic() > self.until:
+                print(f"{where}: not begun, the time is up", file=sys.stderr)
+                continue
+            try:
+                found = self.times(kind, phase, x, places, tokens, right)
+            except Exception as error:  # whatever it is, the other rows are not lost
+                reason = (str(error).splitlines() or [""])[0][:200]
+                print(f"{where}: does not run here ({type(error).__name__}: {reason})", file=sys.stderr)
+                continue
+            finally:
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            if kind.setting is None:
+                dense = found
+            for part, times in found.items():
+                row = {"phase": phase, "batch": batch, "tokens": tokens, "part": part, "setting": kind.name}
+                for clock, ms in times.items():
+                    share = ms / dense[part][clock] if clock in dense.get(part, {}) else None
+                    row |= {clock: round(ms, 5), clock.replace("ms", "share"): "" if share is None else round(share, 4)}
+                self.rows.append(row | self.about)
 
-    def attention() -> Any:
-        module.config._attn_implementation = implementation
-        return module(x, position_embeddings=places, attention_mask=None, past_key_values=cache)
+    def times(
+        self, kind: Kind, phase: str, x: Tensor, places: tuple[Tensor, Tensor], tokens: int, right: dict[str | None, Tensor]
+    ) -> dict[str, dict[str, float]]:
+        """Milliseconds by part and clock."""
+        if kind.setting not in self.modules:
+            widths = None if kind.setting is None else self.settings[kind.setting]
+            self.modules[kind.setting] = [beside(self.layer.self_attn, widths) for _ in range(COPIES)]
+        count = COPIES if phase == "decode" else max(1, min(COPIES, MOST_TOKENS // (4 * x.shape[0] * tokens)))
+        modules = self.modules[kind.setting][:count]
+        torch.manual_seed(0)  # every variant of a setting reads the same cache
+        caches = caches_of(modules[0], count, x.shape[0], tokens if phase == "decode" else 0, x)
+        stock = self.layer.self_attn
+        found: dict[str, dict[str, float]] = {}
+        try:
+            for part, steps in steps_of(kind, self.layer, modules, caches, x, places).items():
+                output = steps[0]()
+                if part == "attention":
+                    self._check(output, right.setdefault(kind.setting, output))
+                found[part] = {"ms": wall_ms(steps[0], self.device, self.repeats)}
+                if self.device.type == "cuda":
+                    found[part]["graph_ms"] = graph_ms(steps, self.repeats)
+        finally:
+            self.layer.self_attn = stock
+        return found
 
-    def whole() -> Any:
-        module.config._attn_implementation = implementation
-        layer.self_attn = module
-        return layer(x, position_embeddings=places, attention_mask=None, past_key_values=cache)
-
-    return attention, whole
+    def _check(self, output: Tensor, right: Tensor) -> None:
+        error = float((output.float() - right.float()).norm() / right.float().norm())
+        if not error <= TOLERANCE:
+            raise ValueError(f"its output is off by {error:.2g}")
 
 
 def table(rows: Rows) -> str:
     """Shares of the dense layer's time as markdown, lengths across."""
     lengths = list(dict.fromkeys(row["tokens"] for row in rows))
-    lines = [f"{versions(rows[0])}; share of the dense time", ""]
-    lines += [f"| phase | part | setting | {' | '.join(f'{int(n):,}' for n in lengths)} | mean |", f"|{'---|' * (len(lengths) + 4)}"]
-    keys = dict.fromkeys((row["phase"], row["part"], row["setting"]) for row in rows if row["setting"] != "dense")
-    for key in keys:
-        shares = {row["tokens"]: float(row["share"]) for row in rows if (row["phase"], row["part"], row["setting"]) == key}
-        cells = " | ".join(f"{shares[n]:.3f}" for n in lengths)
-        lines.append(f"| {' | '.join(key)} | {cells} | {statistics.mean(shares.values()):.3f} |")
+    names = " | ".join(f"{int(n):,}" for n in lengths)
+    lines = [f"{versions(rows[0])}; share of the dense time, eager by the wall clock or in a CUDA graph", ""]
+    lines += [f"| phase | batch | part | setting | clock | {names} | mean |", f"|{'---|' * (len(lengths) + 6)}"]
+    keys = dict.fromkeys((row["phase"], str(row["batch"]), row["part"], row["setting"]) for row in rows if row["setting"] != "dense")
+    for key, (clock, column) in product(keys, {"eager": "share", "graph": "graph_share"}.items()):
+        own = [row for row in rows if (row["phase"], str(row["batch"]), row["part"], row["setting"]) == key]
+        shares = {row["tokens"]: float(row[column]) for row in own if row.get(column) not in (None, "")}
+        if shares:
+            cells = " | ".join(f"{shares[n]:.3f}" if n in shares else "-" for n in lengths)
+            lines.append(f"| {' | '.join(key)} | {clock} | {cells} | {statistics.mean(shares.values()):.3f} |")
     return "\n".join(lines)
 
 
 def measured(options: argparse.Namespace) -> Rows:
-    """Rows of the settings that were asked for."""
+    """Rows of the settings that were asked for: decoding first, of which more is to be learned and which takes less time."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     lengths = (64, 128) if options.small else tuple(n for n in LENGTHS if n <= options.longest)
-    return measure(options.small, lengths, device, dtype, options.repeats)
+    bench = Bench(options.small, device, dtype, options.repeats, options.seconds)
+    for phase, batch, tokens in product(("decode", "prefill"), options.batches, lengths):
+        if phase == "decode" or batch * tokens <= MOST_TOKENS:
+            bench.point(phase, batch, tokens)
+    return bench.rows
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a small layer and short texts")
     parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="no longer texts than this")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences at once.  [default: 1 8]")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=85.0, help="begin no row after so long.  [default: 85]")
     add_device_options(parser)
     add_table_options(parser)
-    show_table(parser.parse_args(arguments), measured, table)
+    show_table(parser.parse_args(arguments), measured, table, FIELDS)
     return 0
 
 

@@ -132,13 +132,13 @@ def split_kernel(
         else:
             p_k = (codes + tl.load(entry + C_KEY + C_OFFSET) // 16 * 16).to(tl.pointer_type(TYPE)) + i_start * D
             p_v = (codes + tl.load(entry + C_VALUE + C_OFFSET) // 16 * 16).to(tl.pointer_type(TYPE)) + i_start * D
-        b_q = _queries(p_q, stride_qh, stride_qt, G, ROWS, D, DP, M, UPCAST)
+        b_q = queries(p_q, stride_qh, stride_qt, G, ROWS, D, DP, M, UPCAST)
         b_m, b_l, b_acc, _8, _a, _b = attend(
             b_q, b_q, b_q, b_q, b_q, b_q, b_q, b_q, tl.zeros([M], tl.float32), b_seen,
             p_k, p_k, p_k, p_v, p_v, p_v, D, 0, 0, D, 0, 0, i_count, scale,
             M, DP, 0, 0, DP, 0, 0, DP == D, DENSE_BLOCK_N, DENSE_STAGES, False, True, TYPE, UPCAST, PRECISION,
         )  # fmt: skip
-        _store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS, D)
+        store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS, D)
     else:
         # Nested, because a constant of compilation must not meet a number of the GPU in one condition.
         if CODED_BOTH:  # noqa: SIM102
@@ -175,7 +175,7 @@ def _append(p_new, stride, p_window, i_at, i_count, T: tl.constexpr, D: tl.const
 
 
 @triton.jit
-def _queries(
+def queries(
     p_q, stride_qh, stride_qt,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +188,7 @@ def _queries(
 
 
 @triton.jit
-def _store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS: tl.constexpr, D: tl.constexpr):
+def store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS: tl.constexpr, D: tl.constexpr):
     """Partials m, l [M] and acc [M, DP] go to rows `i_out` and following."""
     M: tl.constexpr = b_acc.shape[0]
     o_m = tl.arange(0, M)
@@ -209,7 +209,7 @@ def _coded(
 ):  # fmt: skip
     """A split of a segment of which at least one side is coded, with warps together or apart."""
     if APART:
-        b_q = tl.trans(_queries(p_q, stride_qh, stride_qt, G, ROWS, D, DP, APART_M, UPCAST))
+        b_q = tl.trans(queries(p_q, stride_qh, stride_qt, G, ROWS, D, DP, APART_M, UPCAST))
         # Tiles of coded Values are halved there, and a product takes 16 and more.
         b_m, b_l, b_acc = coded_apart(
             b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale, D, DP, APART_M,
@@ -217,14 +217,14 @@ def _coded(
             DP if RAW_VALUES else VN, 0 if RAW_VALUES else 32 if V8 == 16 else V8, 0 if RAW_VALUES else 32 if V4 == 16 else V4,
             RAW_KEYS, RAW_VALUES, BLOCK_N, STAGES, APART, TWO_PART, TYPE, UPCAST,
         )  # fmt: skip
-        _store(part_m, part_l, part_acc, i_out, b_m, b_l, tl.trans(b_acc), ROWS, D)
+        store(part_m, part_l, part_acc, i_out, b_m, b_l, tl.trans(b_acc), ROWS, D)
     else:
-        b_q = _queries(p_q, stride_qh, stride_qt, G, ROWS, D, DP, M, UPCAST)
+        b_q = queries(p_q, stride_qh, stride_qt, G, ROWS, D, DP, M, UPCAST)
         b_m, b_l, b_acc = coded(
             b_q, entry, codes, bases, own_bases, scales, means, own_means, i_start, i_count, scale,
             D, DP, M, KN, K8, K4, VN, V8, V4, RAW_KEYS, RAW_VALUES, BLOCK_N, STAGES, TWO_PART, TYPE, UPCAST, PRECISION,
         )  # fmt: skip
-        _store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS, D)
+        store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS, D)
 
 
 @triton.jit
@@ -246,11 +246,23 @@ def merge_kernel(
     EARLY: tl.constexpr,  # started before the partials are there
 ):
     """Merge the partials of one row, some of its channels; grid (B * Hkv * T * G, ceil(D / BLOCK_D))."""
+    i_row = tl.program_id(0) // (T * G)
+    merge(
+        part_m, part_l, part_acc, tl.load(ranges + i_row), tl.load(ranges + i_row + 1), out, stride_ob, stride_oh, stride_ot,
+        HEADS, G, T, D, BLOCK_S, BLOCK_D, EARLY,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge(
+    part_m, part_l, part_acc, i_first, i_last, out, stride_ob, stride_oh, stride_ot,
+    HEADS: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """What a program of a merge kernel does, given that the partials of its row are `i_first` to `i_last`."""
     ROWS: tl.constexpr = T * G
     i_row = tl.program_id(0) // ROWS
     i_m = tl.program_id(0) % ROWS
-    i_first = tl.load(ranges + i_row)
-    i_last = tl.load(ranges + i_row + 1)
     if EARLY:
         gdc_wait()
     o_s = tl.arange(0, BLOCK_S)

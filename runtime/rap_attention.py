@@ -8,8 +8,9 @@ A coded cache, and whoever measures for one, gets whole heads instead: Queries, 
 the head_dim of the base model (`whole_heads`). Logits stay the same, and the first r channels of the output are what they were. So codec
 and kernels know one width per head, and channels that are always zero have no energy that codes would be spent on.
 
-All of it is torch. A kernel would pay in two places: the gather and the rotation of Queries and Keys (one pass over both, in place), and
-flash attention where 2m and r differ, for which the narrower side is padded now (`takes_different_widths`).
+On a GPU two Triton kernels may take part (`rap_kernels.py`): one turns Queries and Keys in one launch, the other is the attention of a
+single new token under `sdpa`. Everything else is torch, and so are they where gradients are needed or a compiler traces. Where several
+tokens arrive, the narrower of Keys and Values is padded for flash attention (`takes_different_widths`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RotateKError
+from ..kernels.pairs_torch import of_pairs, rotate
 from ..rap_plan import Widths
+from . import rap_kernels
 from .cache_layer import RotateKLayer
 
 NORM = "q/k-norm divides by the length of the whole head, of which dropped pairs are a part"
@@ -71,6 +74,8 @@ class PairPrunedAttention(nn.Module):
     pairs: Tensor
     eager: Any
     config: Any
+    layer_idx: Any
+    scaling: Any
 
     def __init__(self, stock: nn.Module, widths: Widths) -> None:
         nn.Module.__init__(self)  # not the stock module's: it would make projections of the full width
@@ -104,16 +109,20 @@ class PairPrunedAttention(nn.Module):
         Args:
             position_embeddings: cosines and sines, each [B, S, D], the second half of the channels repeating the first.
         """
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         if position_embeddings is None:
             raise RotateKError("a RAP checkpoint needs the positions' cosines and sines, which this model did not pass")
         shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.key_width).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.key_width).transpose(1, 2)
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        seen = self.q_proj._forward_hooks or self.k_proj._forward_hooks  # hooks may have kept them, so they must stay as they are
+        turned = not seen and rap_kernels.turn(query, key, *position_embeddings, self.pairs)
+        query, key = (x.view(*shape, -1, self.key_width).transpose(1, 2) for x in (query, key))
         value = self.v_proj(hidden_states).view(*shape, -1, self.widths.value).transpose(1, 2)
-        cos, sin = (of_pairs(angles, self.pairs) for angles in position_embeddings)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if not turned:
+            cos, sin = (of_pairs(angles, self.pairs) for angles in position_embeddings)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         whole = self.whole or is_coded(past_key_values, self.layer_idx)
         if whole:
             query, key, value = (nn.functional.pad(x, (0, self.head_dim - x.shape[-1])) for x in (query, key, value))
@@ -121,6 +130,10 @@ class PairPrunedAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, type(self).eager)
+        if not whole and attend is sdpa_attention_forward and self._is_plain(query, key, attention_mask, kwargs):
+            output = rap_kernels.attend(query, key, value, self.scaling)
+            if output is not None:
+                return self.o_proj(output.flatten(2)), None
         if not whole and not takes_different_widths(name, query.shape[2]):
             query, key, value = equal_widths(query, key, value)
         output, weights = attend(
@@ -136,6 +149,17 @@ class PairPrunedAttention(nn.Module):
         )
         output = output[..., : self.widths.value]  # [B, S, Hq, r]; wider where Values were padded
         return self.o_proj(output.reshape(*shape, -1)), weights
+
+    def _is_plain(self, query: Tensor, key: Tensor, mask: Tensor | None, more: Mapping[str, Any]) -> bool:
+        """Whether `sdpa` would attend with one new token to all Keys, and with nothing else.
+
+        Several tokens without a mask are a first prefill, of which transformers' `sdpa` takes only the first Keys of a static cache.
+        """
+        if query.shape[2] != 1 or mask is not None or (self.training and self.attention_dropout):
+            return False
+        if self.sliding_window is not None and key.shape[2] > self.sliding_window:
+            return False
+        return all(more.get(name) is None for name in ("position_bias", "cache", "softcap")) and not more.get("output_attentions")
 
 
 def is_coded(cache: Any, layer: int) -> bool:
@@ -155,26 +179,6 @@ def whole_heads(model: nn.Module, layers: Collection[int]) -> Iterator[None]:
     finally:
         for module in modules:
             module.whole = False
-
-
-def of_pairs(angles: Tensor, pairs: Tensor) -> Tensor:
-    """Cosines or sines [B, S, D] at the pairs of every KV head: [B, Hkv, S, m]."""
-    return angles[..., pairs].transpose(1, 2)  # pair p turns channels p and p + D/2 alike, so the first half says all
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on kept pairs.
-
-    Args:
-        x: [B, H, S, 2m], H a multiple of Hkv; channels j and j + m are a pair.
-        cos, sin: [B or 1, Hkv, S, m].
-
-    Returns:
-        [B, H, S, 2m]: each pair turned by its angle, in the order of operations of transformers' `apply_rotary_pos_emb`.
-    """
-    first, second = x.unflatten(1, (cos.shape[1], -1)).chunk(2, dim=-1)  # [B, Hkv, G, S, m] each
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(1, 2)
 
 
 def takes_different_widths(implementation: str, queries: int) -> bool:
