@@ -334,22 +334,26 @@ def test_hub():
 
 
 def test_rivals(command, compiled, parse_script):
-    """Training is parsed alone (tests/benchmarks/test_learn_leank.py does it): scales drawn at random stand for its file."""
+    """Training is parsed alone (tests/benchmarks do it): scales drawn at random, and channels as directions, stand for its files."""
     import torch
 
     from rotatek_compile.artifact import read_artifact
     from rotatek_compile.learned import save_learned
-    from rotatek_compile.runtime.rivals.leank_learned import shapes_of
+    from rotatek_compile.runtime.rivals import leank_learned, palu
 
     Path("artifact").symlink_to(compiled)
 
     def train(example):
         asked, artifact = parse_script(example), read_artifact("artifact")
-        training = {"ratios": asked.ratios}
-        tensors = {name: torch.rand(shape) for name, shape in shapes_of(artifact.geometry, training).items()}
+        if "learn_leank" in example.text:
+            name, training = "leank-learned", {"ratios": asked.ratios}
+            tensors = {key: torch.rand(shape) for key, shape in leank_learned.shapes_of(artifact.geometry, training).items()}
+        else:
+            name, training, shapes = "palu", {}, palu.shapes_of(artifact.geometry, {})
+            tensors = {key: torch.eye(*shape) if len(shape) == 2 else torch.ones(shape) for key, shape in shapes.items()}
         calibration = {"data": asked.calib, "num_samples": asked.num_samples, "seed": asked.seed}
         facts = {"base_model": artifact.base_model, "geometry": artifact.geometry.to_json(), "calibration": calibration}
-        save_learned(asked.output, "leank-learned", tensors, facts | {"training": training})
+        save_learned(asked.output, name, tensors, facts | {"training": training})
 
     play("docs/rivals.md", {"rotatek": command, "python": train}, {})
 
