@@ -18,6 +18,7 @@ import argparse
 import csv
 import json
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from measuring import ended
 
 from rotatek_compile.allocate import random_plan
 from rotatek_compile.api import base_source
@@ -283,7 +285,7 @@ def show(models: dict[str, Any]) -> None:
             print_line(budget, found[budget])
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny-llava-next", "tiny-qwen3-vl"], help="aliases, paths or Hub ids")
@@ -303,10 +305,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     if args.merge:
-        result, table = merged(args.merge)
-        save(args.output, result, table)
-        show(result["models"])
-        return
+
+        def put_together() -> int:
+            whole, rows = merged(args.merge)
+            save(args.output, whole, rows)
+            show(whole["models"])
+            return 0
+
+        return ended(put_together)
     if args.artifact:
         args.models = [str(read_artifact(args.artifact).base_model["id"])]
     device = choose_device(args.device)
@@ -321,12 +327,13 @@ def main() -> None:
         "skipped": args.skip,
         "models": {},
     }
-    table = []
+    table: list[dict[str, Any]] = []
     for name in args.models:
         rows, result["models"][name] = run_model(name, args)
         table += rows
         show({name: result["models"][name]})
     save(args.output, result, table)
+    return 0
 
 
 def print_line(budget: str, found: dict[str, Any]) -> None:
@@ -342,4 +349,4 @@ def print_line(budget: str, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

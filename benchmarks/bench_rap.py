@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import read_csv, record_of, versions, write_csv
+from measuring import ended, read_csv, record_of, versions, write_csv
 from torch import Tensor
 
 from rotatek_compile.batches import Encoded, end_ids, rope_index
 from rotatek_compile.calibration_data.registry import open_data
 from rotatek_compile.compile_rap import pruned_copy
 from rotatek_compile.documents import Documents, usable
+from rotatek_compile.errors import RotateKError
 from rotatek_compile.geometry import Geometry
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, load_model, load_processor, resolve
 from rotatek_compile.rap_maps import REPAIRS, make_plan
@@ -43,6 +44,8 @@ from rotatek_compile.rap_reading import patched, read
 from rotatek_compile.rap_recover import recover
 from rotatek_compile.rap_statistics import RapStatistics, collect
 from rotatek_compile.statistics import Bootstrap
+
+SETTINGS = ("calib", "seed", "measured_on", "recover_batch")  # columns of older results do not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,18 +221,18 @@ def merged(files: Sequence[Path]) -> list[dict[str, str]]:
     """Rows of runs over different ratios, the largest first; the dense row is that of the first.
 
     Raises:
-        ValueError: runs of other documents, devices or settings, or a ratio that two of them have.
+        RotateKError: runs of other documents, devices or settings, or a ratio that two of them have.
     """
     rows: list[dict[str, str]] = []
     ratios: set[str] = set()
-    about = ("model", "data", "device", "dtype", "torch", "transformers", "num_samples", "recover", "rates", "documents")
+    about = ("model", "data", "device", "dtype", "torch", "transformers", "num_samples", "recover", "rates", "documents", *SETTINGS)
     for file in files:
         own = read_csv(file)
-        if rows and any(own[0][key] != rows[0][key] for key in (*about, "perplexity")):
-            raise ValueError(f"{file} is not of the same run as {files[0]}")
+        if rows and any(own[0].get(key) != rows[0].get(key) for key in (*about, "perplexity")):
+            raise RotateKError(f"{file} is not of the same run as {files[0]}")
         pruned = [row for row in own if row["way"] != "dense"]
         if twice := ratios & {row["keep_ratio"] for row in pruned}:
-            raise ValueError(f"{file} has ratio {', '.join(sorted(twice))} again; merge every ratio once")
+            raise RotateKError(f"{file} has ratio {', '.join(sorted(twice))} again; merge every ratio once")
         ratios |= {row["keep_ratio"] for row in pruned}
         rows += pruned if rows else own
     return sorted(rows, key=lambda row: -float(row["keep_ratio"]))
@@ -256,6 +259,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         "num_samples": len(seen),
         "recover": args.recover,
         "rates": " ".join(map(str, args.rates)),
+        **{name: Path(value).name if name == "calib" else value for name, value in vars(args).items() if name in SETTINGS},
     }
     rows = []
     for row in measured(model, statistics, measure, judge, geometry, args):
@@ -295,11 +299,20 @@ def main() -> None:
         for file in args.files:
             print("\n".join([*lines(read_csv(file)), ""]))
         return
-    if args.merge:
-        rows: list[dict[str, Any]] = list(merged(args.merge))
-        write_csv(args.output, rows)
-    else:
-        rows = run(args)
+    if args.merge and not args.output:
+        parser.error("pass --output, the CSV to write")
+    rows: list[dict[str, Any]] = []
+
+    def measured_or_merged() -> int:
+        if args.merge:
+            rows.extend(merged(args.merge))
+            write_csv(args.output, rows)
+        else:
+            rows.extend(run(args))
+        return 0
+
+    if status := ended(measured_or_merged):
+        sys.exit(status)
     print("\n".join(lines([{name: str(value) for name, value in row.items()} for row in rows])))
 
 

@@ -16,10 +16,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from measuring import ended
+
 from rotatek_compile.calibration_data.registry import open_data
 from rotatek_compile.compile_inputs import CompilePlan, load_inputs
 from rotatek_compile.compile_options import CompileOptions
-from rotatek_compile.errors import RotateKError, UsageError
+from rotatek_compile.errors import UsageError
 from rotatek_compile.learn_leank import BINARY_RATE, BINARY_STEPS, RATE, STEPS, WEIGHT, LeanOptions, Losses, check_model, learn
 from rotatek_compile.learned import save_learned
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, pinned, resolve
@@ -82,12 +84,14 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
-    try:
+
+    def done() -> int:
         losses = train(args)
-    except RotateKError as error:
-        sys.exit(f"error: {error}")
-    for words, errors in (("scales", losses.first), *((f"mask {ratio:g}", errors) for ratio, errors in losses.second.items())):
-        print(f"{words}: {' '.join(f'{error:.3g}' for error in errors)}")
+        for words, errors in (("scales", losses.first), *((f"mask {ratio:g}", errors) for ratio, errors in losses.second.items())):
+            print(f"{words}: {' '.join(f'{error:.3g}' for error in errors)}")
+        return 0
+
+    sys.exit(ended(done))
 
 
 if __name__ == "__main__":

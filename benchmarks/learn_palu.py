@@ -12,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+from measuring import ended
+
 from rotatek_compile.calibration_data.registry import open_data
 from rotatek_compile.compile_inputs import CompilePlan, load_inputs
 from rotatek_compile.compile_options import CompileOptions
-from rotatek_compile.errors import RotateKError, UsageError
+from rotatek_compile.errors import UsageError
 from rotatek_compile.learn_palu import learn_palu
 from rotatek_compile.learned import save_learned
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, pinned, resolve
@@ -27,6 +29,8 @@ def learn(options: CompileOptions) -> None:
     Raises:
         RotateKError: a model, data or statistics that cannot be used; a file that is there already.
     """
+    if options.seed < 0:
+        raise UsageError(f"--seed {options.seed} is out of range; it must be at least 0")
     if options.output.exists():
         raise UsageError(f"{options.output} is there already; name another --output, or remove it")
     started, source = time.perf_counter(), resolve(options.model)
@@ -55,12 +59,13 @@ def main() -> int:
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--quiet", action="store_true")
-    try:
-        learn(CompileOptions(**vars(parser.parse_args())))
-    except RotateKError as error:
-        print(f"learn_palu.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    options = CompileOptions(**vars(parser.parse_args()))
+
+    def done() -> int:
+        learn(options)
+        return 0
+
+    return ended(done)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from .errors import RotateKError, UsageError
 from .geometry import Geometry
 from .runtime.rivals.base import require_head_dim
 from .runtime.rivals.leank import STEP, largest, lean_masks
-from .runtime.rivals.leank_learned import LearnedScales
+from .runtime.rivals.leank_learned import MAX_RATIOS, LearnedScales
 from .scaled_reading import Page, ScaledReader, frozen
 
 STEPS, BINARY_STEPS, RATE, WEIGHT = 2000, 200, 0.02, 0.06  # published
@@ -73,6 +73,8 @@ class LeanOptions:
         for name, option in (("rate", "lr"), ("binary_rate", "lr-binary"), ("weight", "weight")):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"--{option} {getattr(self, name):g} is out of range; it must be a number from 0 on")
+        if len(self.ratios) > MAX_RATIOS:
+            raise UsageError(f"{len(self.ratios)} --ratios are more than one file may hold; it holds {MAX_RATIOS}")
         if not all(0 < ratio <= 1 for ratio in self.ratios) or len(set(self.ratios)) < len(self.ratios):
             raise UsageError(f"--ratios {' '.join(map(str, self.ratios))} must be different shares, above 0 and at most 1")
 

@@ -116,8 +116,9 @@ class PairPrunedAttention(nn.Module):
             raise RotateKError("a RAP checkpoint needs the positions' cosines and sines, which this model did not pass")
         shape = hidden_states.shape[:-1]
         query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
-        seen = self.q_proj._forward_hooks or self.k_proj._forward_hooks  # hooks may have kept them, so they must stay as they are
-        turned = not seen and rap_kernels.turn(query, key, *position_embeddings, self.pairs)
+        # what a hook or a wrapper (adapters) may have kept must stay as it is
+        ours = rap_kernels.plain(self.q_proj) and rap_kernels.plain(self.k_proj)
+        turned = ours and rap_kernels.turn(query, key, *position_embeddings, self.pairs)
         query, key = (x.view(*shape, -1, self.key_width).transpose(1, 2) for x in (query, key))
         value = self.v_proj(hidden_states).view(*shape, -1, self.widths.value).transpose(1, 2)
         if not turned:

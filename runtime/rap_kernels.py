@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import narrow, pairs
 from ..kernels.encode import has_triton
@@ -92,12 +92,21 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float(lost.nan_to_num(nan=float("inf")).max())
 
 
+def plain(projection: nn.Module) -> bool:
+    """Whether nobody else can hold what a projection has put out: a linear map itself, and no hook on it or on all modules."""
+    everywhere = torch.nn.modules.module
+    hooks = projection._forward_hooks, everywhere._global_forward_hooks, everywhere._global_forward_hooks_always_called
+    return type(projection) is nn.Linear and not any(hooks)
+
+
 def _usable(*tensors: Tensor) -> bool:
     """Whether kernels may run on these: plain tensors on a GPU, no gradient to come, and no compiler or tracer that looks on."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if _left_out or torch.compiler.is_compiling() or tracing or not runs_on(tensors[0].device):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:  # tangents, which no kernel carries
         return False
     return all(type(x) is Tensor for x in tensors)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rotatek_compile.errors import RotateKError
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -99,7 +101,7 @@ def test_runs_over_single_ratios_are_put_together_with_one_dense_row(bench, tmp_
         pruned = row(bench, "fisher / published", "", 0, 1, 6) | {"keep_ratio": ratio, "num_samples": "8"}
         path = tmp_path / name
         with path.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(dense))
+            writer = csv.DictWriter(stream, list(dense | changes))
             writer.writeheader()
             writer.writerows([dense | changes, pruned | changes])
         return path
@@ -110,7 +112,9 @@ def test_runs_over_single_ratios_are_put_together_with_one_dense_row(bench, tmp_
         ("0.8", "fisher / published"),
         ("0.6", "fisher / published"),
     ]
-    with pytest.raises(ValueError, match="again"):
+    with pytest.raises(RotateKError, match="again"):
         bench.merged([*some, file("c.csv", "0.6")])
-    with pytest.raises(ValueError, match="not of the same run"):
+    with pytest.raises(RotateKError, match="not of the same run"):
         bench.merged([*some, file("d.csv", "0.7", device="gpu")])
+    with pytest.raises(RotateKError, match="not of the same run"):
+        bench.merged([*some, file("e.csv", "0.7", calib="others")])

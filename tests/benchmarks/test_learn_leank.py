@@ -38,14 +38,15 @@ def train(checkpoint, data_file, tmp_path, monkeypatch, capsys):
             learn_leank.main()
         except SystemExit as stop:
             code = stop.code
-        return file, capsys.readouterr().out, code
+        said = capsys.readouterr()
+        return file, said.out, code if not code else (code, said.err.splitlines()[-1])
 
     return run
 
 
 def test_trained_and_evaluated(train, cli, compiled, data_file, tmp_path):
     file, out, code = train()
-    assert code is None and [line.split(":")[0] for line in out.splitlines()] == ["scales", "mask 0.5", "mask 0.25"]
+    assert code == 0 and [line.split(":")[0] for line in out.splitlines()] == ["scales", "mask 0.5", "mask 0.25"]
     assert [len(line.split(":")[1].split()) for line in out.splitlines()] == [6, 3, 3]
     read = load_learned(file)
     assert read.calibration["num_samples"] == 4 and read.calibration["seed"] == 0 and read.training["steps"] == 6
@@ -75,8 +76,11 @@ def test_what_evaluation_refuses(train, cli, compiled, data_file, make_checkpoin
 
 def test_what_the_script_refuses(train):
     file, _, code = train("--steps", -1)
-    assert code == "error: --steps -1 is out of range; it must be at least 0" and not file.exists()
+    assert code == (2, "error: --steps -1 is out of range; it must be at least 0") and not file.exists()
     file.write_text("something")
-    assert train()[2] == f"error: --output {file} exists; pass --overwrite to replace it, or choose another file"
-    assert train("--overwrite", "--model", "tiny-llava")[2].startswith("error: ") and file.read_text() == "something"
+    assert train()[2] == (2, f"error: --output {file} exists; pass --overwrite to replace it, or choose another file")
+    assert train("--overwrite", "--model", "tiny-llava")[2][1].startswith("error: ") and file.read_text() == "something"
+    assert train("--overwrite", "--calib", "nosuch")[2][1].startswith("error: ") and file.read_text() == "something"
+    many = [number / 100 for number in range(1, 67)]
+    assert train("--overwrite", "--ratios", *many)[2] == (2, "error: 66 --ratios are more than one file may hold; it holds 64")
     assert [path.name for path in file.parent.iterdir()] == [file.name]

@@ -202,4 +202,4 @@ def test_the_script(checkpoint, data_file, tmp_path, monkeypatch, capsys):
     read_back = load_learned(file)
     assert (read_back.name, read_back.calibration["num_samples"], read_back.training["documents"]) == ("palu", 3, 3)
     assert len(read_back.state().directions) == 6 and json.dumps(read_back.training)
-    assert script.main() == 1 and "is there already; name another --output" in capsys.readouterr().err
+    assert script.main() == 2 and "is there already; name another --output" in capsys.readouterr().err

@@ -167,6 +167,18 @@ def test_where_torch_does_it(module, fakes):
     handle = module.k_proj.register_forward_hook(lambda _, args, out: kept.append((out, out.clone())))
     assert used() == (0, 2) and len(kept) == 3 and all(torch.equal(*pair) for pair in kept)
     handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *seen: None)
+    assert used() == (0, 2)
+    handle.remove()
+    inner = module.q_proj
+    module.q_proj = torch.nn.Sequential(inner)  # as an adapter wraps it, with a hook inside
+    handle = inner.register_forward_hook(lambda _, args, out: kept.append((out, out.clone())))
+    assert used() == (0, 2) and len(kept) == 6 and all(torch.equal(*pair) for pair in kept)
+    handle.remove()
+    module.q_proj = inner
+    with torch.autograd.forward_ad.dual_level():
+        assert used() == (0, 0)
+    assert used() == (3, 2)
     assert used(more={"output_attentions": True}) == (3, 0)
     assert used(more={"output_attentions": False, "position_bias": None}) == (3, 2)
     assert used(tokens=(3, 1)) == (2, 1) and used(tokens=(6, 3), cache=False) == (2, 0)
