@@ -31,6 +31,24 @@ class Packing:
     slabs: tuple[Slabs, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Codes that go into a pool one behind the other, flat uint8 in as many tensors as is handy. sizes: bytes of each head."""
+
+    parts: list[Tensor]
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> Packed:
+        """One tensor for each head."""
+        return cls(list(parts), [part.numel() for part in parts])
+
+    @classmethod
+    def of_equal(cls, codes: Tensor) -> Packed:
+        """uint8 [..., N], N bytes for each head."""
+        return cls([codes.reshape(-1)], [codes.shape[-1]] * (codes.numel() // max(codes.shape[-1], 1)))
+
+
 def pack_heads(jobs: Sequence[Packing], dtype: torch.dtype) -> list[list[Tensor]]:
     """For every job the codes of every head, flat uint8, laid out by `codes.pack`; all jobs of one H, D and device.
 
@@ -42,6 +60,13 @@ def pack_heads(jobs: Sequence[Packing], dtype: torch.dtype) -> list[list[Tensor]
     return [[_pack_head(job, h, dtype) for h in range(len(job.slabs))] for job in jobs]
 
 
+def pack_jobs(jobs: Sequence[Packing], dtype: torch.dtype) -> Packed:
+    """As `pack_heads`, not taken apart: there may be many jobs, and what follows wants them in one piece."""
+    if jobs and jobs[0].z.is_cuda and has_triton():
+        return _packed(jobs, dtype)
+    return Packed.of([part for codes in pack_heads(jobs, dtype) for part in codes])
+
+
 def _pack_head(job: Packing, h: int, dtype: torch.dtype) -> Tensor:
     one = job.slabs[h]
     source = job.raw[h].float() if one.native == job.z.shape[-1] else job.z[h, :, : one.rank]
@@ -50,6 +75,12 @@ def _pack_head(job: Packing, h: int, dtype: torch.dtype) -> Tensor:
 
 def pack_heads_triton(jobs: Sequence[Packing], dtype: torch.dtype) -> list[list[Tensor]]:
     """As `pack_heads`, in one launch; all codes are views of one tensor."""
+    heads, packed = jobs[0].z.shape[0], _packed(jobs, dtype)
+    codes = packed.parts[0].split(packed.sizes)
+    return [list(codes[n * heads : (n + 1) * heads]) for n in range(len(jobs))]
+
+
+def _packed(jobs: Sequence[Packing], dtype: torch.dtype) -> Packed:
     from .encode_kernels import pack_kernel
 
     first, (heads, _, dim), device = jobs[0], jobs[0].z.shape, jobs[0].z.device
@@ -72,8 +103,7 @@ def pack_heads_triton(jobs: Sequence[Packing], dtype: torch.dtype) -> list[list[
                 first.z, raws[0], first.scales, upload(table, device), out, out.view(dtype), heads, len(table[0]),
                 D=dim, DP=1 << (dim - 1).bit_length(), ITEMSIZE=dtype.itemsize, BLOCK_N=BLOCK_N,
             )  # fmt: skip
-    codes = out.split(sizes)
-    return [list(codes[n * heads : (n + 1) * heads]) for n in range(len(jobs))]
+    return Packed([out], sizes)
 
 
 def between(tensor: Tensor, origin: Tensor) -> int:

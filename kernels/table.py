@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,9 +44,10 @@ numbers have none of the four, and every mean may be the sum of a shared and an 
 A BASIS below `NONE` lies in the pool of own bases, at `own_basis(BASIS)`; so do a sequence's bases stay apart from those of the artifact.
 """
 NONE = -1
+Place = TypeVar("Place", int, np.ndarray)
 
 
-def own_basis(place: int) -> int:
+def own_basis(place: Place) -> Place:
     """BASIS of an own basis from its offset, and its offset from BASIS: multiples of 8 from 0 on become -8, -16, ..."""
     return -place - 8
 
@@ -206,7 +209,7 @@ def plan_splits(
         max_splits=int(per_row.max()) if rows else 0,
         key_widths=key_widths,
         value_widths=value_widths,
-        pairs=frozenset((key, value) for key, value in (stored[:, [KEY + BASIS, VALUE + BASIS]] == NONE).tolist()),
+        pairs=frozenset((n >= 2, n % 2 == 1) for n in _distinct((stored[:, [KEY + BASIS, VALUE + BASIS]] == NONE).long(), 2)),
     )
 
 
@@ -229,6 +232,13 @@ def _token_costs(pieces: Tensor, itemsize: int, key_widths: Slabs, value_widths:
     return read.maximum(torch.where(coded, instructions, 1.0))  # a segment without any direction takes a little time too
 
 
+def _distinct(rows: Tensor, base: int) -> list[int]:
+    """Different rows of numbers [N, n] from 0 to base - 1, each as one number of n digits."""
+    places = torch.tensor([base**n for n in reversed(range(rows.shape[1]))])
+    found: list[int] = (rows * places).sum(1).unique().tolist()
+    return found
+
+
 def _tile(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length()) if width else 0
 
@@ -243,8 +253,14 @@ def _check(pieces: Tensor, head_dim: int) -> None:
     if head_dim % UNIT:
         raise ValueError(f"head_dim {head_dim} is not a multiple of {UNIT}; use the torch backend")
     for side in (KEY, VALUE):
-        for slabs in set(map(tuple, pieces[:, side + NATIVE : side + BASIS].tolist())):
-            check_slabs(Slabs(*slabs), head_dim)
+        slabs = pieces[:, side + NATIVE : side + BASIS]
+        if ((slabs < 0) | (slabs > head_dim)).any():  # no number of these names one triple
+            found = slabs.tolist()
+        else:
+            base = head_dim + 1
+            found = [(n // base**2, n // base % base, n % base) for n in _distinct(slabs, base)]
+        for one in found:
+            check_slabs(Slabs(*one), head_dim)
         rotated = pieces[pieces[:, side + BASIS] != NONE]
         for name, held, field, step in (("OFFSET", pieces, OFFSET, 16), ("BASIS", rotated, BASIS, UNIT), ("STRIDE", rotated, STRIDE, UNIT)):
             values = held[:, side + field]

@@ -321,17 +321,18 @@ class RotateKLayer(CacheLayerMixin):
 
         Runs before a call's tokens are appended, so what a caller may still crop (at most the window) is never coded.
         """
-        window, store = self.prepared.method.window, self.store
-        over = [(row, int(n - window) // BLOCK * BLOCK) for row, n in enumerate(store.window.host) if n - window >= BLOCK]
-        if not over:
+        store = self.store
+        blocks = np.maximum(store.window.host - self.prepared.method.window, 0) // BLOCK * BLOCK
+        if not blocks.any():
             return
-        for row, old in over:
-            keys, values = store.window.keys[row, :, :old], store.window.values[row, :, :old]
+        for old in np.unique(blocks[blocks > 0]).tolist():  # rows that grow together also leave together
+            rows = np.flatnonzero(blocks == old).tolist()
+            keys, values = store.window.oldest(rows, old)
             if self.blocks is not None:
-                self.blocks.write(row, keys, values)
+                self.blocks.write(rows, keys, values)
             else:
-                store.add_dense(row, keys, values)
-            store.window.drop_oldest(row, old)
+                store.add_dense_rows(rows, keys, values)
+            store.window.drop_oldest(rows, old)
         store.flush()
 
     # -- what transformers asks -------------------------------------------------------------------------------------------------

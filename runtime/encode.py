@@ -167,6 +167,18 @@ def write(x: Tensor, where: Coordinates, dtype: torch.dtype) -> tuple[list[Tenso
     return pack_heads([job], dtype)[0], job.scales
 
 
+def packings(z: Tensor, x: Tensor, where: Coordinates) -> list[Packing]:
+    """What is to be laid out of R rows that share coordinates: x [R, H, S, D] and its directions z.
+
+    Raises:
+        ValueError: several rows, and no scales that they could share.
+    """
+    if len(x) > 1 and where.scales is None:
+        raise ValueError("rows without scales are written one by one: scales are taken from what is written")
+    z = z.contiguous()
+    return [_packing(z[row], x[row], where) for row in range(len(x))]
+
+
 def write_observed(sides: Sequence[Observed], where: Sequence[Coordinates], dtype: torch.dtype) -> list[tuple[list[Tensor], Tensor]]:
     """`write` of what was observed, in the coordinates that were decided on: the product with the basis is not made twice."""
     jobs = []

@@ -3,36 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..kernels.codes import rounded
+from ..kernels.slabs import Slabs
 from .encode import Coordinates, as_planned
 from .observed import Rules, observe
 from .prepared import SideBasis
+from .scales import used_bits
 
 
-def token_errors(x: Tensor, where: Coordinates, scales: Tensor, basis: SideBasis) -> Tensor:
-    """Energy in whitened coordinates that writing x [H, S, D] discards of every token, clipping included: fp32 [H, S].
+def token_errors(x: Tensor, where: Coordinates, scales: Tensor, basis: SideBasis, z: Tensor | None = None) -> Tensor:
+    """Energy in whitened coordinates that writing x [..., H, S, D] discards of every token, clipping included: fp32 [..., H, S].
 
     Args:
         scales: bf16 [H, D] that the codes have.
+        z: (x - centre) @ encode, where it is known already.
     """
-    z = (x - where.centre.unsqueeze(1)) @ where.encode
-    errors = []
-    for h, slabs in enumerate(where.slabs):
-        if slabs.native == x.shape[-1]:
-            errors.append(z.new_zeros(x.shape[1]))
-            continue
-        native, byte, nibble = slabs
-        kept, scale = z[h, :, : slabs.rank].clone(), scales[h].float()
-        for bits, part in ((8, slice(native, native + byte)), (4, slice(native + byte, native + byte + nibble))):
-            kept[:, part] = rounded(kept[:, part], scale[part], bits)
-        decode = where.own[h] if h in where.own else basis.decode[h, :, : slabs.rank]
-        left = x[h] - where.centre[h] - kept @ decode.mT
-        errors.append(((left @ basis.encode[h]) / basis.balance[h]).square().sum(-1))
-    return torch.stack(errors)
+    exact = x - where.centre.unsqueeze(1)
+    z = exact @ where.encode if z is None else z
+    raw, native, byte, nibble = _parts(where.slabs, x.shape[-1], x.device)
+    scale = scales.float().unsqueeze(1)
+    kept = torch.where(native, z, 0.0)
+    for bits, part in ((8, byte), (4, nibble)):
+        if bits in used_bits(where.slabs):
+            kept = torch.where(part, rounded(z, scale, bits), kept)
+    decode = basis.decode
+    if where.own:
+        decode = decode.clone()
+        for h, own in where.own.items():
+            decode[h, :, : own.shape[1]] = own
+    left = exact - kept @ decode.mT
+    errors = ((left @ basis.encode) / basis.balance.unsqueeze(1)).square().sum(-1)
+    return torch.where(raw, 0.0, errors)
+
+
+@lru_cache(maxsize=256)
+def _parts(slabs: tuple[Slabs, ...], dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which heads are raw, bool [H, 1], and which directions are native and of 8 and 4 bits, bool [H, 1, D] each."""
+    at = torch.arange(dim)
+    ends = torch.tensor(slabs).cumsum(1).unsqueeze(2)  # [H, 3, 1]
+    native, byte, nibble = (at < ends).unbind(1)
+    raw = torch.tensor([one.native == dim for one in slabs]).unsqueeze(1)
+    parts = (raw, native.unsqueeze(1), (byte & ~native).unsqueeze(1), (nibble & ~byte).unsqueeze(1))
+    return parts[0].to(device), parts[1].to(device), parts[2].to(device), parts[3].to(device)
 
 
 def worst_tokens(sides: Sequence[Tensor], bases: Sequence[SideBasis], count: int) -> Tensor:

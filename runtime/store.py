@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.codes import native_view, pack, padded
 from ..kernels.decode_tuning import tuning_of
+from ..kernels.encode import Packed
 from ..kernels.slabs import NATIVE_BYTES, Slabs
 from ..kernels.table import (
     BASIS,
@@ -148,30 +149,50 @@ class Store:
         entry = self._entry(Kind.CODED, length)
         for start, (fields, codes) in zip(SIDES, sides, strict=True):
             entry[:, start : start + SIDE_FIELDS] = fields
-            entry[:, start + OFFSET] = self._put(codes)
+            entry[:, start + OFFSET] = self._put(Packed.of(codes))
         return self._place(row, entry)
+
+    def add_coded_rows(self, rows: Sequence[int], length: int, fields: Sequence[Sequence[np.ndarray]], packed: Packed) -> None:
+        """Store one coded segment in each of several rows.
+
+        Args:
+            length: tokens, the same in all rows.
+            fields: per row those of `place` for Keys and Values.
+            packed: the codes of every row's Keys, then of every row's Values.
+        """
+        offsets = self._put(packed).reshape(len(SIDES), len(rows), self.heads)
+        for n, (row, sides) in enumerate(zip(rows, fields, strict=True)):
+            entry = self._entry(Kind.CODED, length)
+            for side, (start, own) in enumerate(zip(SIDES, sides, strict=True)):
+                entry[:, start : start + SIDE_FIELDS] = own
+                entry[:, start + OFFSET] = offsets[side, n]
+            self._place(row, entry)
 
     def add_dense(self, row: int, keys: Tensor, values: Tensor, kind: Kind = Kind.DENSE) -> int:
         """Store raw tokens [Hkv, S, D] as a segment of one row; escape tokens are of kind CODED. Returns its place in the table."""
-        entry = self._entry(kind, keys.shape[1])
-        raw = Slabs(self.dim)
+        return self.add_dense_rows([row], keys.unsqueeze(0), values.unsqueeze(0), kind)[0]
+
+    def add_dense_rows(self, rows: Sequence[int], keys: Tensor, values: Tensor, kind: Kind = Kind.DENSE) -> list[int]:
+        """`add_dense` of [R, Hkv, S, D] in each of R rows; their places in the table."""
+        raw, entry = Slabs(self.dim), self._entry(kind, keys.shape[2])
+        entries = np.repeat(entry[None], len(rows), axis=0)
         for start, x in zip(SIDES, (keys, values), strict=True):
-            entry[:, start + NATIVE] = self.dim
-            entry[:, [start + BASIS, start + MEAN, start + OWN_MEAN]] = NONE
-            entry[:, start + OFFSET] = self._put(list(pack(x, self.scales, raw, self.dtype)))
-        return self._place(row, entry)
+            entries[..., start + NATIVE] = self.dim
+            entries[..., [start + BASIS, start + MEAN, start + OWN_MEAN]] = NONE
+            codes = pack(x, self.scales, raw, self.dtype)
+            entries[..., start + OFFSET] = self._put(Packed.of_equal(codes)).reshape(len(rows), self.heads)
+        return [self._place(row, entry) for row, entry in zip(rows, entries, strict=True)]
 
     def _entry(self, kind: Kind, length: int) -> np.ndarray:
         entry = np.zeros((self.heads, FIELDS), dtype=np.int64)
         entry[:, KIND], entry[:, LENGTH] = int(kind), length
         return entry
 
-    def _put(self, codes: list[Tensor]) -> np.ndarray:
-        """Queue every head's codes for the pool; their offsets [Hkv]."""
-        sizes = [part.numel() for part in codes]
-        offsets = self._end + np.cumsum([0, *sizes[:-1]])
-        self._pending += codes
-        self._end += sum(sizes)
+    def _put(self, packed: Packed) -> np.ndarray:
+        """Queue codes for the pool; where each part begins."""
+        offsets = self._end + np.cumsum([0, *packed.sizes[:-1]])
+        self._pending += packed.parts
+        self._end += sum(packed.sizes)
         return offsets
 
     def _append(self, pool: str, part: Tensor) -> int:

@@ -2,11 +2,13 @@
 
 A row's blocks are written in the calibrated coordinates until they discard too much. What a block discards is measured as it is discarded,
 clipping included, and summed; when the mean of a head passes its bound, the next block opens new coordinates with their own mean, scales
-and basis, and more directions where these do not suffice. Codes that are written stay as they are. One small copy to the host per block.
+and basis, and more directions where these do not suffice. Codes that are written stay as they are. One small copy to the host per block
+of all rows that write in the calibrated coordinates; rows with their own take one each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.codes import clipped_scales
-from .encode import Coordinates, calibrated, choose, write
+from ..kernels.encode import pack_jobs
+from .encode import Coordinates, calibrated, choose, packings
 from .observed import Rules, observe
 from .prepared import KindBasis
 from .residual import token_errors
@@ -36,6 +39,12 @@ class Writing:
     discarded: list[list[float]] = field(default_factory=list)
     tokens: int = 0
 
+    def count(self, means: Sequence[Sequence[float]], tokens: int) -> None:
+        """Add what a block of so many tokens discarded per token, by side and head."""
+        old = self.discarded or [[0.0] * len(side) for side in means]
+        self.discarded = [[total + mean * tokens for total, mean in zip(*sides, strict=True)] for sides in zip(old, means, strict=True)]
+        self.tokens += tokens
+
 
 class TextBlocks:
     """Writes the blocks of all rows of one layer; rows that are copies of one (beams) share their coordinates until one opens its own."""
@@ -47,29 +56,48 @@ class TextBlocks:
         self.opened = 0  # how often a row left the coordinates it had
         store.written_in = self.fields
 
-    def write(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Store one block [H, S, D]."""
-        exact = (keys, values)
-        now = self.rows.get(row)
-        if now is None or self._past_bound(now):
+    def write(self, rows: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Store one block [R, H, S, D] of R rows; rows that write in the same coordinates are written at once."""
+        together: dict[int, list[int]] = {}
+        for at, row in enumerate(rows):
+            now = self.rows.get(row)
             if now is None:
-                now = Writing(self.shared)
-            else:
-                chosen = choose(observe(list(zip(exact, self.basis.sides, strict=True)), self.rules))
-                now = Writing([_lasting(x, where) for x, where in zip(exact, chosen, strict=True)])
-                self.store.monitor.see(row, now.where, keys.shape[1])
-                self.opened += 1
-            self.rows[row] = now
-        sides = []
+                self.rows[row] = now = Writing(self.shared)
+            elif self._past_bound(now):
+                self.rows[row] = now = self._opened(row, (keys[at], values[at]))
+            together.setdefault(id(now.where) if now.where is self.shared else id(now), []).append(at)
+        for places in together.values():
+            some = slice(None) if len(places) == len(rows) else places
+            self._write([rows[at] for at in places], (keys[some], values[some]))
+
+    def _opened(self, row: int, exact: tuple[Tensor, Tensor]) -> Writing:
+        """New coordinates for a row, from its next block [H, S, D]."""
+        chosen = choose(observe(list(zip(exact, self.basis.sides, strict=True)), self.rules))
+        now = Writing([_lasting(x, where) for x, where in zip(exact, chosen, strict=True)])
+        self.store.monitor.see(row, now.where, exact[0].shape[1])
+        self.opened += 1
+        return now
+
+    def _write(self, rows: Sequence[int], exact: tuple[Tensor, Tensor]) -> None:
+        """Blocks [R, H, S, D] of rows that have the same coordinates and scales."""
+        writings = [self.rows[row] for row in rows]
+        jobs, discarded, tokens = [], [], exact[0].shape[2]
         for n, (side, x) in enumerate(zip(self.basis.sides, exact, strict=True)):
-            codes, scales = write(x, _with_scales(now.where[n], now.scales[n]), self.store.dtype)
-            if now.fields[n] is None:
-                now.fields[n], now.scales[n] = self.store.place(now.where[n], side, scales), scales
-            fields = now.fields[n]
-            assert fields is not None
-            sides.append((fields, codes))
-        self.store.add_coded(row, keys.shape[1], sides)
-        self._measure(now, exact)
+            where = _with_scales(writings[0].where[n], writings[0].scales[n])
+            z = (x - where.centre.unsqueeze(1)) @ where.encode
+            jobs += (own := packings(z, x, where))
+            scales = own[0].scales
+            for now in writings:
+                if now.fields[n] is None:
+                    now.fields[n], now.scales[n] = self.store.place(now.where[n], side, scales), scales
+            if self.rules.factor:
+                discarded.append(token_errors(x, where, scales, side, z).mean(2))
+        fields = [[side for side in now.fields if side is not None] for now in writings]
+        self.store.add_coded_rows(rows, tokens, fields, pack_jobs(jobs, self.store.dtype))
+        if discarded:
+            found = torch.stack(discarded, 1).tolist()  # [R, 2, H]
+            for now, means in zip(writings, found, strict=True):
+                now.count(means, tokens)
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep these rows, in this order."""
@@ -90,20 +118,6 @@ class TextBlocks:
                     found += [where.encode, where.centre, *own, *where.own.values()]
         calibrated = {x.untyped_storage().data_ptr() for side in self.basis.sides for x in (side.encode, side.mean)}
         return [x for x in found if x.untyped_storage().data_ptr() not in calibrated]
-
-    def _measure(self, now: Writing, exact: tuple[Tensor, Tensor]) -> None:
-        """Add what the block just written discarded."""
-        if not self.rules.factor:
-            return
-        tokens = exact[0].shape[1]
-        for n, (side, x) in enumerate(zip(self.basis.sides, exact, strict=True)):
-            scales = now.scales[n]
-            assert scales is not None
-            errors = token_errors(x, now.where[n], scales, side).mean(1).tolist()
-            if len(now.discarded) == n:
-                now.discarded.append([0.0] * len(errors))
-            now.discarded[n] = [old + error * tokens for old, error in zip(now.discarded[n], errors, strict=True)]
-        now.tokens += tokens
 
     def _past_bound(self, now: Writing) -> bool:
         """Whether some head discards more than its bound; of own coordinates more than they did when they were opened, too."""

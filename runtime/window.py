@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,13 +54,21 @@ class Window:
         self.host[row] += new
         self.lengths[row] += new
 
-    def drop_oldest(self, row: int, tokens: int) -> None:
-        """Remove a row's oldest tokens, which have been stored elsewhere."""
-        end = int(self.host[row])
-        for part in (self.keys, self.values):
-            part[row, :, : end - tokens] = part[row, :, tokens:end].clone()
-        self.host[row] -= tokens
-        self.lengths[row] -= tokens
+    def oldest(self, rows: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and Values [R, Hkv, tokens, D] of the oldest tokens of these rows, ascending; not always a copy."""
+        part = self.buffer[:, self._index(rows), :, :tokens]
+        return part[0], part[1]
+
+    def drop_oldest(self, rows: Sequence[int], tokens: int) -> None:
+        """Remove so many of the oldest tokens of these rows, ascending, which have been stored elsewhere."""
+        index, end = self._index(rows), int(self.host[list(rows)].max())
+        self.buffer[:, index, :, : end - tokens] = self.buffer[:, index, :, tokens:end].clone()
+        self.host[list(rows)] -= tokens
+        self.lengths[index] -= tokens
+
+    def _index(self, rows: Sequence[int]) -> slice | Tensor:
+        """All rows as a slice, which copies nothing."""
+        return slice(None) if len(rows) == len(self.host) else torch.tensor(rows, device=self.buffer.device)
 
     def trim(self, tokens: int) -> None:
         """Forget the newest `tokens` of every row (speculative decoding)."""

@@ -242,7 +242,7 @@ def test_joined_blocks_are_what_they_were(store_of, monkeypatch, plan):
         blocks = TextBlocks(store, store.prepared.kinds["text"], Rules(0, 0))
         for seed in range(7):
             for row in range(2):
-                blocks.write(row, *tokens(64, seed + 10 * row))
+                blocks.write([row], *(x.unsqueeze(0) for x in tokens(64, seed + 10 * row)))
             if seed == 3:
                 add(store, 0, 33)  # an image in between stays as it is
             store.flush()
@@ -269,7 +269,7 @@ def test_text_in_calibrated_coordinates_takes_nothing_of_its_own(store_of):
     store = store_of()
     blocks = TextBlocks(store, store.prepared.kinds["text"], Rules(0, 0))
     for seed in range(4):
-        blocks.write(0, *tokens(64, seed))
+        blocks.write([0], *(x.unsqueeze(0) for x in tokens(64, seed)))
     store.flush()
     assert (store.own_means.numel(), store.own_bases.numel(), store.scales.numel()) == (0, 0, sum(CALIBRATED))
     keys, values = (calibrated(side).scales for side in store.prepared.kinds["text"].sides)

@@ -51,7 +51,7 @@ def write(blocks, row, kinds, start=0):
     """Blocks of these kinds after one another: what was written."""
     written = [text(blocks, start + n + 100 * row, kind) for n, kind in enumerate(kinds)]
     for keys, values in written:
-        blocks.write(row, keys, values)
+        blocks.write([row], keys.unsqueeze(0), values.unsqueeze(0))
         blocks.store.flush()
     return written
 
@@ -132,7 +132,7 @@ def test_own_coordinates_can_be_left_again(case):
     keys, values = text(blocks, 77)
     more = [(50 * keys, 50 * values)] * 3
     for pair in more:
-        blocks.write(0, *pair)
+        blocks.write([0], *(x.unsqueeze(0) for x in pair))
         blocks.store.flush()
     assert blocks.opened == 2
     found = errors(blocks, 0, [*first, *more])
@@ -169,13 +169,13 @@ def test_rows_are_told_apart(case):
     kinds = (["usual"] * 4, ["other"] * 4)
     written = [[text(blocks, n + 100 * row, kind) for n, kind in enumerate(kinds[row])] for row in range(2)]
     for n in range(4):
-        for row in range(2):
-            blocks.write(row, *written[row][n])
+        together = [torch.stack(sides) for sides in zip(*(written[row][n] for row in range(2)), strict=True)]
+        blocks.write([0, 1], *together)
     store.flush()
     for row in range(2):
         alone, own = case(2)
         for pair in written[row]:
-            own.write(row, *pair)
+            own.write([row], *(x.unsqueeze(0) for x in pair))
         alone.flush()
         for (k1, v1), (k2, v2) in zip(reconstruct(store.view(False))[row], reconstruct(alone.view(False))[row], strict=True):
             assert torch.allclose(k1, k2, atol=1e-6)
