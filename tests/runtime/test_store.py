@@ -275,3 +275,46 @@ def test_text_in_calibrated_coordinates_takes_nothing_of_its_own(store_of):
     keys, values = (calibrated(side).scales for side in store.prepared.kinds["text"].sides)
     assert torch.equal(store.scales, torch.cat([keys[0], values[0, :16], values[1, :8]]))
     assert store.code_bytes(Kind.CODED)[0] == 4 * 64 * (32 + 64 + 16 + 16)
+
+
+@pytest.mark.parametrize("plan", [PLAN, [HeadPlan(Slabs(), Slabs(0, 0, 16)), HeadPlan(Slabs(0, 8), Slabs())], [HeadPlan(RAW, RAW)] * 2])
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("joining", [3, 10**9])
+def test_rows_written_at_once_are_what_each_is_alone(store_of, monkeypatch, plan, raw, joining):
+    """Four rows in one piece, one by one, and in turns that leave their blocks in unequal distances: the same numbers, joined or not."""
+    monkeypatch.setattr(merging, "MERGE_AT", joining)
+    turns = {
+        "at once": lambda n: [[0, 1, 2, 3]],
+        "alone": lambda n: [[0], [1], [2], [3]],
+        "in turns": lambda n: [[[2], [0, 1, 3]], [[3], [0, 2], [1]], [[0, 3], [1, 2]]][n % 3],
+    }
+    rebuilt, sums = {}, {}
+    for name, of_block in turns.items():
+        store = store_of(plan, batch=4)
+        blocks = TextBlocks(store, store.prepared.kinds["text"], Rules(0, 1e9))
+        for n in range(7):
+            of_rows = [torch.stack(sides) for sides in zip(*(tokens(64, n + 10 * row) for row in range(4)), strict=True)]
+            for rows in of_block(n):
+                keys, values = (x[rows] for x in of_rows)
+                if raw:
+                    store.add_dense_rows(rows, keys, values)
+                else:
+                    blocks.write(rows, keys, values)
+            store.flush()
+        rebuilt[name] = reconstruct(store.view(splits=False))
+        assert set(store.table[:, :, :, LENGTH].reshape(-1).tolist()) - {0} == ({64 * 7} if joining == 3 else {64})
+        if raw:
+            for row, heads in enumerate(rebuilt[name]):
+                for h, (keys, values) in enumerate(heads):
+                    exact = [
+                        torch.cat(sides)
+                        for sides in zip(*((k[h], v[h]) for k, v in (tokens(64, n + 10 * row) for n in range(7))), strict=True)
+                    ]
+                    assert torch.equal(keys, exact[0]) and torch.equal(values, exact[1])
+        else:
+            sums[name] = torch.tensor([blocks.rows[row].discarded for row in range(4)])
+    for name in ("alone", "in turns"):
+        assert raw or torch.allclose(sums[name], sums["at once"], rtol=1e-4) and (sums[name].max() > 0) == (RAW not in plan[0])
+        for one, other in zip(rebuilt["at once"], rebuilt[name], strict=True):
+            for (k1, v1), (k2, v2) in zip(one, other, strict=True):
+                assert torch.allclose(k1, k2, atol=1e-5) and torch.allclose(v1, v2, atol=1e-5)
