@@ -234,7 +234,7 @@ WIDTHS = [(128, 48), (112, 64), (96, 80), (80, 96), (64, 112), (8, 128), (24, 16
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("key", "value"), WIDTHS)
 def test_cudnn_at_two_widths(monkeypatch, key, value, masked, group):
-    """In bf16 as near to padded heads in fp32 as kernels must be, also at lengths that fill no tile; skipped where torch would not take cuDNN."""
+    """In bf16 as near to padded heads in fp32 as kernels must be, also at lengths that fill no tile; skipped without cuDNN."""
     monkeypatch.setattr(rap_kernels, "_proven", {})
     draw = torch.Generator("cuda").manual_seed(key)
     for new, stored in ((300, 300), (129, 129), (17, 400) if masked else (1024, 1024)):
