@@ -9,9 +9,9 @@ reads a cache that is full but for the new token and writes that in place, so th
 
 Two clocks: `ms` is the wall clock around one eager call, in which short calls wait for Python; `graph_ms`, on a GPU, is the time of a CUDA
 graph over several modules with weights and a cache each, per module, so that neither the host nor the L2 cache counts. A pruned setting is
-timed as the product computes it (our kernels where they serve), by torch alone, and, where Keys and Values differ in width: with the
-narrower one padded at every step of decoding, and by cuDNN as they are at prefill. What does not run is named and left out; after
-`--seconds` nothing more is begun.
+timed as the product computes it (our kernels where they serve, and cuDNN at both widths at prefill), by torch alone, and, where Keys and
+Values differ in width, with the narrower one padded in every call. What does not run is named and left out; after `--seconds` nothing more
+is begun. The file has both clocks, the printed table CUDA graphs where there are any.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Bench:
         places = self.rope(x, torch.arange(tokens - new, tokens, device=self.device)[None])
         dense: dict[str, dict[str, float]] = {}
         right: dict[str | None, Tensor] = {}  # what torch gives, by setting
-        for kind in kinds_of(self.settings, phase):
+        for kind in kinds_of(self.settings):
             where = f"{phase}, batch {batch}, {tokens} tokens, {kind.name}"
             if time.monotonic() > self.until:
                 print(f"{where}: not begun, the time is up", file=sys.stderr)
@@ -177,19 +177,36 @@ class Bench:
 
 
 def table(rows: Rows) -> str:
-    """Shares of the dense layer's time as markdown, lengths across."""
+    """Shares of the dense module's time as markdown: the product's attention by length, and means of what stands beside it.
+
+    By CUDA graph, or where no row has that (without a GPU) by the wall clock. A mean is over the lengths that its own rows have.
+    """
+    column = "graph_share" if any(row.get("graph_share") not in (None, "") for row in rows) else "share"
+    shares: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    for row in rows:
+        if row.get(column) not in (None, ""):
+            shares.setdefault((row["phase"], str(row["batch"]), row["part"], row["setting"]), {})[row["tokens"]] = float(row[column])
+
+    def mean(*key: str) -> str:
+        return f"{statistics.mean(shares[key].values()):.3f}" if key in shares else "-"
+
     lengths = list(dict.fromkeys(row["tokens"] for row in rows))
-    names = " | ".join(f"{int(n):,}" for n in lengths)
-    lines = [f"{versions(rows[0])}; share of the dense time, eager by the wall clock or in a CUDA graph", ""]
-    lines += [f"| phase | batch | part | setting | clock | {names} | mean |", f"|{'---|' * (len(lengths) + 6)}"]
-    keys = dict.fromkeys((row["phase"], str(row["batch"]), row["part"], row["setting"]) for row in rows if row["setting"] != "dense")
-    for key, (clock, column) in product(keys, {"eager": "share", "graph": "graph_share"}.items()):
-        own = [row for row in rows if (row["phase"], str(row["batch"]), row["part"], row["setting"]) == key]
-        shares = {row["tokens"]: float(row[column]) for row in own if row.get(column) not in (None, "")}
-        if shares:
-            cells = " | ".join(f"{shares[n]:.3f}" if n in shares else "-" for n in lengths)
-            lines.append(f"| {' | '.join(key)} | {clock} | {cells} | {statistics.mean(shares.values()):.3f} |")
+    columns = ["phase", "batch", "setting", *(f"{int(n):,}" for n in lengths), "mean", "padded", "torch", "whole layer"]
+    clock = "in a CUDA graph" if column == "graph_share" else "by the wall clock of eager calls"
+    lines = [f"{versions(rows[0])}; share of the dense module's time {clock}", ""]
+    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for phase, batch, setting in dict.fromkeys((row["phase"], str(row["batch"]), setting_of(row)) for row in rows):
+        own = shares.get((phase, batch, "attention", setting), {})
+        cells = [phase, batch, setting, *(f"{own[n]:.3f}" if n in own else "-" for n in lengths), mean(phase, batch, "attention", setting)]
+        cells += [mean(phase, batch, "attention", f"{setting}, {way}") for way in ("padded", "torch")]
+        if setting != "dense":
+            lines.append(f"| {' | '.join([*cells, mean(phase, batch, 'layer', setting)])} |")
     return "\n".join(lines)
+
+
+def setting_of(row: dict[str, Any]) -> str:
+    """A row's setting without the way that it was computed."""
+    return str(row["setting"]).removesuffix(", padded").removesuffix(", torch")
 
 
 def measured(options: argparse.Namespace) -> Rows:
@@ -210,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="no longer texts than this")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences at once.  [default: 1 8]")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=85.0, help="begin no row after so long.  [default: 85]")
+    parser.add_argument("--seconds", type=float, default=130.0, help="begin no row after so long.  [default: 130]")
     add_device_options(parser)
     add_table_options(parser)
     show_table(parser.parse_args(arguments), measured, table, FIELDS)

@@ -40,6 +40,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
     for marker, script, name in (
         ("subspaces", "bench_subspaces.py", "subspaces.json"),
         ("rival-speed", "bench_rival_speed.py", "rival_speed.csv"),
+        ("rap-latency", "bench_rap_latency.py", "rap_latency.csv"),
     ):
         page = placed(marker)
         if page and (HERE / "results" / name).exists():

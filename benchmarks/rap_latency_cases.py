@@ -3,27 +3,28 @@ the newest token, and the ways that attention is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rotatek_compile.rap_plan import Widths
-from rotatek_compile.runtime import rap_attention, rap_kernels
+from rotatek_compile.runtime import rap_kernels
 from rotatek_compile.runtime.rap_attention import pruned_class
 
 SETTINGS = {  # of 128 channels, steps of 8 pairs and directions; the keep ratio is (2m + r) / 256
-    "K 64, V 112": Widths(32, 112),  # 0.6875, as the next two
+    "K 64, V 112": Widths(32, 112),  # 0.6875, as the next four
     "K 80, V 96": Widths(40, 96),
     "K 96, V 80": Widths(48, 80),
+    "K 112, V 64": Widths(56, 64),
+    "K 128, V 48": Widths(64, 48),  # all pairs kept, as measured budgets choose in the bundled models
     "K 88, V 88": Widths(44, 88),  # not one of the steps: what equal widths would give
     "K 96, V 96": Widths(48, 96),  # 0.75
 }
 SMALL = {"K 16, V 24": Widths(8, 24), "K 16, V 16": Widths(8, 16)}
-PADDED, UNEQUAL = "rotatek_padded_sdpa", "rotatek_cudnn_unequal"
+PADDED = "rotatek_padded_sdpa"
 COPIES = 4  # modules with weights and a cache each: a dense one alone is larger than an H100's L2, and half a pruned one is not
 
 
@@ -54,49 +55,27 @@ class Kind(NamedTuple):
     with_layer: bool = True
 
 
-def kinds_of(settings: dict[str, Widths], phase: str) -> list[Kind]:
-    """Dense, then every setting: by torch alone, as the product computes it, and other ways where Keys and Values differ in width."""
+def kinds_of(settings: dict[str, Widths]) -> list[Kind]:
+    """Dense, then every setting: by torch alone, as the product computes it, and with padding where Keys and Values differ in width."""
     found = [Kind("dense", None)]
-    other = ("cuDNN unequal", UNEQUAL) if phase == "prefill" else ("padded", PADDED)
     for name, widths in settings.items():
         found += [Kind(f"{name}, torch", name, kernels=False, with_layer=False), Kind(name, name)]
         if 2 * widths.pairs != widths.value:
-            found.append(Kind(f"{name}, {other[0]}", name, other[1], with_layer=False))
+            found.append(Kind(f"{name}, padded", name, PADDED, with_layer=False))
     return found
 
 
 def register() -> None:
-    """Make the attention implementations `PADDED` and `UNEQUAL` known to transformers."""
+    """Make the attention implementation `PADDED` known to transformers."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     AttentionInterface.register(PADDED, sdpa_attention_forward_padded(sdpa_attention_forward))
-    AttentionInterface.register(UNEQUAL, cudnn_unequal)
 
 
 def sdpa_attention_forward_padded(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """The stock function as another object, so that our kernel does not stand in for it."""
+    """The stock function as another object, so that neither our kernel nor cuDNN at two widths stands in for it."""
     return lambda *args, **kwargs: stock(*args, **kwargs)
-
-
-def cudnn_unequal(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **_: Any
-) -> tuple[Tensor, None]:
-    """A prefill by cuDNN, Keys and Values as wide as they are."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), None
-
-
-@contextmanager
-def unpadded() -> Iterator[None]:
-    """Let pruned modules hand over Keys and Values as wide as they are."""
-    before = rap_attention.takes_different_widths
-    rap_attention.takes_different_widths = lambda implementation, queries: True
-    try:
-        yield
-    finally:
-        rap_attention.takes_different_widths = before
 
 
 def layer_of(small: bool, device: torch.device, dtype: torch.dtype) -> Any:
@@ -143,9 +122,7 @@ def steps_of(
     """Per part ("attention", "layer") a call for every module with its cache."""
 
     def surroundings() -> AbstractContextManager[None]:
-        if not kind.kernels:
-            return rap_kernels.left_out()
-        return unpadded() if kind.implementation == UNEQUAL else nullcontext()
+        return nullcontext() if kind.kernels else rap_kernels.left_out()
 
     def attention(module: Any, cache: Filled) -> Any:
         module.config._attn_implementation = kind.implementation

@@ -10,7 +10,7 @@ and kernels know one width per head, and channels that are always zero have no e
 
 On a GPU two Triton kernels may take part (`rap_kernels.py`): one turns Queries and Keys in one launch, the other is the attention of a
 single new token under `sdpa`. Everything else is torch, and so are they where gradients are needed or a compiler traces. Where several
-tokens arrive, the narrower of Keys and Values is padded for flash attention (`takes_different_widths`).
+tokens arrive, cuDNN takes Keys and Values as they are, or the narrower side is padded (`rap_prefill.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from ..errors import RotateKError
 from ..kernels.pairs_torch import of_pairs, rotate
 from ..rap_plan import Widths
-from . import rap_kernels
+from . import rap_kernels, rap_prefill
 from .cache_layer import RotateKLayer
+from .rap_prefill import equal_widths, takes_different_widths
 
 NORM = "q/k-norm divides by the length of the whole head, of which dropped pairs are a part"
 TEXT_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
@@ -131,10 +132,10 @@ class PairPrunedAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, type(self).eager)
-        if not whole and attend is sdpa_attention_forward and self._is_plain(query, key, attention_mask, kwargs):
-            output = rap_kernels.attend(query, key, value, self.scaling)
-            if output is not None:
-                return self.o_proj(output.flatten(2)), None
+        if not whole and attend is sdpa_attention_forward:
+            narrow = self._narrow_attention(query, key, value, attention_mask, kwargs)
+            if narrow is not None:
+                return self.o_proj(narrow.flatten(2)), None
         if not whole and not takes_different_widths(name, query.shape[2]):
             query, key, value = equal_widths(query, key, value)
         output, weights = attend(
@@ -151,16 +152,22 @@ class PairPrunedAttention(nn.Module):
         output = output[..., : self.widths.value]  # [B, S, Hq, r]; wider where Values were padded
         return self.o_proj(output.reshape(*shape, -1)), weights
 
-    def _is_plain(self, query: Tensor, key: Tensor, mask: Tensor | None, more: Mapping[str, Any]) -> bool:
-        """Whether `sdpa` would attend with one new token to all Keys, and with nothing else.
+    def _narrow_attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, more: Mapping[str, Any]) -> Tensor | None:
+        """What `sdpa` would compute, [B, S, Hq, r], at both widths as they are; None where it is to do it.
 
         Several tokens without a mask are a first prefill, of which transformers' `sdpa` takes only the first Keys of a static cache.
         """
-        if query.shape[2] != 1 or mask is not None or (self.training and self.attention_dropout):
-            return False
-        if self.sliding_window is not None and key.shape[2] > self.sliding_window:
-            return False
-        return all(more.get(name) is None for name in ("position_bias", "cache", "softcap")) and not more.get("output_attentions")
+        if self.training and self.attention_dropout:
+            return None
+        if any(more.get(name) is not None for name in ("position_bias", "cache", "softcap")) or more.get("output_attentions"):
+            return None
+        if query.shape[2] > 1:
+            causal = more.get("is_causal")
+            causal = mask is None and bool(self.is_causal if causal is None else causal)
+            return rap_prefill.attend(query, key, value, mask, self.scaling, causal)
+        if mask is not None or (self.sliding_window is not None and key.shape[2] > self.sliding_window):
+            return None
+        return rap_kernels.attend(query, key, value, self.scaling)
 
 
 def is_coded(cache: Any, layer: int) -> bool:
@@ -180,26 +187,6 @@ def whole_heads(model: nn.Module, layers: Collection[int]) -> Iterator[None]:
     finally:
         for module in modules:
             module.whole = False
-
-
-def takes_different_widths(implementation: str, queries: int) -> bool:
-    """Whether Keys and Values of different width go to an attention implementation as they are, or the narrower side is padded.
-
-    `eager` multiplies matrices of any width. `sdpa` would fall back to a kernel that writes all S x S logits out, three times slower on a
-    CPU at 2,048 tokens than with padding; but for a single query that costs nothing, and padding would copy the cache at each step.
-    Flash and other kernels want equal widths.
-    """
-    return implementation == "eager" or (implementation == "sdpa" and queries == 1)
-
-
-def equal_widths(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three with zeros behind the narrower channels: logits stay the same, and so do the first channels of the output."""
-    missing = key.shape[-1] - value.shape[-1]
-    if missing > 0:
-        value = nn.functional.pad(value, (0, missing))
-    elif missing < 0:
-        query, key = nn.functional.pad(query, (0, -missing)), nn.functional.pad(key, (0, -missing))
-    return query, key, value
 
 
 def window_of(stock: nn.Module) -> int | None:

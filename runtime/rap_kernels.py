@@ -2,7 +2,8 @@
 
 Before a kernel is used for a shape on a GPU its result is compared with the readable torch version, on the very tensors of that call. Where
 they differ, or where the kernel does not compile, a warning says so and torch does it from then on. A comparison waits for the GPU, so
-none is made while a CUDA graph is captured: what is not proven by then is captured without the kernel.
+none is made while a CUDA graph is captured: what is not proven by then is captured without the kernel. cuDNN at two widths
+(`rap_prefill.py`) is asked in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _left_out = False
 
 def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, kept: Tensor) -> bool:
     """Turn Queries and Keys in place by `pairs.turn`, args as there; False, and nothing is changed, where torch has to do it."""
-    if not _usable(query, key) or pairs.supported(query, key, cos, sin, kept) is not None:
+    if not usable(query, key) or pairs.supported(query, key, cos, sin, kept) is not None:
         return False
 
     def attempt() -> list[Tensor]:
@@ -36,7 +37,7 @@ def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, kept: Tensor) -> 
         return list(copies)
 
     few = query.shape[1] <= pairs.FEW_TOKENS
-    sign = ("kept pairs", query.device, query.dtype, query.shape[2], key.shape[2], kept.shape[0], few)
+    sign = ("the Triton kernel for kept pairs", query.device, query.dtype, query.shape[2], key.shape[2], kept.shape[0], few)
     if not proven(sign, attempt, lambda: [turned(x, cos, sin, kept) for x in (query, key)]):
         return False
     pairs.turn(query, key, cos, sin, kept)
@@ -45,9 +46,9 @@ def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, kept: Tensor) -> 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor | None:
     """Attention of the newest tokens by `narrow.narrow_attention`, args and result as there; None where torch has to do it."""
-    if not _usable(query, keys, values) or narrow.supported(query, keys, values) is not None:
+    if not usable(query, keys, values) or narrow.supported(query, keys, values) is not None:
         return None
-    sign = ("narrow attention", query.device, query.dtype, *narrow.launch(query, keys, values).compiled)
+    sign = ("the Triton kernel for narrow attention", query.device, query.dtype, *narrow.launch(query, keys, values).compiled)
     if not proven(
         sign,
         lambda: [narrow.narrow_attention(query, keys, values, scaling)],
@@ -57,7 +58,9 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tenso
     return narrow.narrow_attention(query, keys, values, scaling)
 
 
-def proven(sign: tuple[Hashable, ...], kernel: Callable[[], Sequence[Tensor]], twin: Callable[[], Sequence[Tensor]]) -> bool:
+def proven(
+    sign: tuple[Hashable, ...], kernel: Callable[[], Sequence[Tensor]], twin: Callable[[], Sequence[Tensor]], instead: str = "torch is"
+) -> bool:
     """Whether a kernel may be used; tried out the first time that a `sign` is seen.
 
     A call whose right result is not finite, or too large for a comparison, proves nothing, and the next one is tried.
@@ -80,15 +83,21 @@ def proven(sign: tuple[Hashable, ...], kernel: Callable[[], Sequence[Tensor]], t
     except Exception as error:  # whatever a compiler or a driver raises: torch computes the same
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if reason is not None:
-        words = f"the Triton kernel for {sign[0]} is not used on {sign[1]} in {sign[2]}, torch is: {reason}"
+        words = f"{sign[0]} is not used on {sign[1]} in {sign[2]}, {instead}: {reason}"
         warnings.warn(words, stacklevel=2)
     _proven[sign] = reason is None
     return reason is None
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Of the worst row, over the row's length; infinite where there is a NaN."""
-    lost = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-30)
+    """Of the worst row of [B, S, ...], over its length; infinite where there is a NaN.
+
+    A row that is shorter than those of the other tokens is compared with their root mean square: of the many rows of a prefill some are
+    sums in which nearly all cancels, and rounding is large beside what is left.
+    """
+    length = expected.float().norm(dim=-1)
+    length = torch.maximum(length, length.square().mean(1, keepdim=True).sqrt()).clamp(min=1e-30)
+    lost = (found.float() - expected.float()).norm(dim=-1) / length
     return float(lost.nan_to_num(nan=float("inf")).max())
 
 
@@ -99,7 +108,7 @@ def plain(projection: nn.Module) -> bool:
     return type(projection) is nn.Linear and not any(hooks)
 
 
-def _usable(*tensors: Tensor) -> bool:
+def usable(*tensors: Tensor) -> bool:
     """Whether kernels may run on these: plain tensors on a GPU, no gradient to come, and no compiler or tracer that looks on."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if _left_out or torch.compiler.is_compiling() or tracing or not runs_on(tensors[0].device):

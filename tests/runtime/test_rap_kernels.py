@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from rotatek_compile.kernels.narrow_torch import narrow_attention_torch
 from rotatek_compile.kernels.pairs_torch import turned
 from rotatek_compile.rap_plan import Widths
-from rotatek_compile.runtime import rap_kernels
+from rotatek_compile.runtime import rap_kernels, rap_prefill
 from rotatek_compile.runtime.rap_attention import pruned_class
 
 HERE = Path(__file__).resolve().parent
@@ -231,8 +231,9 @@ def test_a_mask_is_for_torch(module, fakes):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_on_a_gpu(module, monkeypatch, dtype):
-    """Without a warning: every kernel is proven there, and used."""
+    """Without a warning: every kernel is proven there, and used. The prefill is padded: test_rap_prefill.py has the other way."""
     monkeypatch.setattr(rap_kernels, "_proven", {})
+    monkeypatch.setattr(rap_prefill, "cudnn_is_next", lambda *args: False)
     moved = copy.deepcopy(module).to("cuda", dtype)
     moved.pairs = module.pairs.cuda()
     rope, outputs = LlamaRotaryEmbedding(module.config).to("cuda"), []
