@@ -8,7 +8,8 @@
    Timed from the query after RoPE to the output: query rotation, splits, Value rotation and merge. "append" adds writing the new Key and
    Value: two copies before SDPA, our kernel does it itself. "graph": a CUDA graph over several layers with a cache each, more than 3x the
    L2 together; "eager": one call, L2 overwritten before each (Triton's do_bench).
-   FlexAttention and FlashInfer (decode_baselines.py) are timed likewise where they run.
+   FlexAttention and FlashInfer (decode_baselines.py) are timed likewise where they run; with --only-baselines they alone, beside SDPA and
+   three rows of ours, saved to decode_baselines.csv.
 3. With --sweep: tile sizes and numbers of programs of the coded configurations.
 
 With --dry-run the shapes are the smallest, and without a GPU the torch specification runs: a way to try the script out.
@@ -20,6 +21,7 @@ import argparse
 import csv
 import itertools
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import decode_curves
@@ -53,6 +55,7 @@ from kernel_caches import Coded, Segment, brute_force, random_cache, random_layo
 SHAPES = {(1, 32768): 16, (8, 8192): 8, (32, 4096): 4, (32, 16384): 2}  # (B, T): layers in the graph
 DRY_SHAPES = {(1, 256): 2, (2, 192): 2}
 QUICK = ("r32", "dense", "K 32x4 V 64x4")
+BESIDE = ("dense", "K 32x8 V 128x8", "K 32x4 V 64x4")  # the other baselines
 LIMITS = {False: 1e-2, True: 1e-2}  # one or two numbers per channel of the rotated query
 
 
@@ -128,7 +131,8 @@ class Table:
             print(f"{row['B']:>5}, {row['T']:>5} {row['method']:24}" + line)
 
 
-def measure_shape(results: Table, batch: int, tokens: int, count: int, quick: bool) -> None:
+def measure_shape(results: Table, batch: int, tokens: int, count: int, names: Collection[str]) -> None:
+    """SDPA and those configurations of ours."""
     case = Case(batch, tokens)
     for name in BASELINES:
         plain, appended = (dense_steps(case, count, append) for append in (False, True))
@@ -137,7 +141,7 @@ def measure_shape(results: Table, batch: int, tokens: int, count: int, quick: bo
         del plain, appended
         torch.cuda.empty_cache()
     for name, (key, value) in CONFIGURATIONS.items():
-        if quick and name not in QUICK:
+        if name not in names:
             continue
         layers = [make_layer(case, key, value, seed) for seed in range(count)]
         programs = table.programs_for(layers[0].host_table, multiprocessors())
@@ -221,6 +225,7 @@ def main() -> None:
     parser.add_argument(
         "--baselines", nargs="*", choices=list(FAMILIES), default=list(FAMILIES), help="dense kernels to time beside SDPA.  [default: all]"
     )
+    parser.add_argument("--only-baselines", action="store_true", help=f"of ours only {', '.join(BESIDE)}; to a file of its own")
     parser.add_argument("--gate-only", action="store_true", help="correctness only")
     parser.add_argument("--gate-shapes", type=int, default=6, help="random shapes in the gate; each compiles two kernels")
     parser.add_argument("--linear", action="store_true", help="instead of all this: cost from 16k to 128k tokens")
@@ -244,11 +249,12 @@ def main() -> None:
     measured_on = facts()
     print(measured_on)
     results = Table(measured_on)
+    names = BESIDE if args.only_baselines else QUICK if args.quick else tuple(CONFIGURATIONS)
     for (batch, tokens), count in (DRY_SHAPES if args.dry_run else SHAPES).items():
-        measure_shape(results, batch, tokens, count, args.quick)
+        measure_shape(results, batch, tokens, count, names)
         measure_others(results, batch, tokens, count, args.baselines)
         if args.output:
-            results.save(args.output / "bench_decode.csv")
+            results.save(args.output / ("decode_baselines.csv" if args.only_baselines else "bench_decode.csv"))
     if args.sweep:
         results.show()  # now too, in case the sweep is cut short
         sweep(args.output, measured_on)

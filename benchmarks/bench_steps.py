@@ -15,7 +15,7 @@ Every cache is filled with random Keys and Values (nothing is prefilled; `step_c
 - *ours*: plain calls of the enabled model, captured in CUDA graphs; *eager*: the same without.
 
 Rows are saved as they come, so a run may be cut at any moment; rows of the same model, point and cache are replaced, others kept. Bytes
-of a cache are those allocated at the end, room for further tokens included. Ratios are print_decode.py's.
+of a cache are those allocated at the end, room for further tokens included. Ratios are those of step_tables.py.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_full_size import llava_next, qwen3_vl, random_model  # noqa: E402
 from decode_timing import copy_rate  # noqa: E402
-from print_decode import Row, read, steps_table  # noqa: E402
+from print_decode import read  # noqa: E402
 from step_caches import artifact_of, dense_token_bytes, fill_ours  # noqa: E402
 from step_loops import CODED_ROWS, Bench  # noqa: E402
+from step_tables import FULL, Row, steps_table  # noqa: E402
 
 from rotatek_compile.geometry import geometry_of
 from rotatek_compile.kernels.slabs import Slabs
@@ -48,7 +49,6 @@ from rotatek_compile.runtime.enable import enable
 from rotatek_compile.runtime.graphs import LEAST_STRETCH, STRETCH
 
 GB = 1e9
-LARGEST = "full"
 POINTS = ("32x4096", "8x32768", "fullx16384", "8x8192", "1x8192")
 PLANS = {"K 32x8, V 128x8": ((0, 32, 0), (0, 128, 0)), "K 32x4, V 128x4": ((0, 0, 32), (0, 0, 128))}
 SMALL_PLANS = {"K 16x8, V 32x8": ((0, 16, 0), (0, 32, 0))}
@@ -119,7 +119,7 @@ def largest(model: Any, tokens: int, steps: int, plan: tuple[Any, Any] | None) -
 def ways_at(model: Any, point: str, plans: dict[str, Any], args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
     """For each row of a point its name and the (batch, measurement) pairs of which the first that fits is taken."""
     batch, tokens = point.split("x")
-    if batch == LARGEST:
+    if batch == FULL:
         if "dense" in args.caches:
             yield "dense, captured", largest(model, int(tokens), args.steps, None)  # type: ignore[misc]
         for name, plan in plans.items():
@@ -147,7 +147,7 @@ def row_of(point: str, name: str, tries: Any) -> Row | None:
         try:
             seconds, held = measure()
         except RuntimeError as error:
-            full, tight = point.startswith(LARGEST), isinstance(error, torch.OutOfMemoryError)
+            full, tight = point.startswith(FULL), isinstance(error, torch.OutOfMemoryError)
             if not tight and not full and not name.startswith(("static", "stock")):
                 raise
             # out of memory inside a capture ends in other errors
@@ -206,7 +206,7 @@ def measure_model(title: str, points: Any, plans: dict[str, Any], args: Any, sav
 def point_of(text: str) -> str:
     """A point as it was written, if it is one."""
     batch, _, tokens = text.partition("x")
-    if not tokens.isdigit() or not (batch == LARGEST or batch.isdigit()):
+    if not tokens.isdigit() or not (batch == FULL or batch.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is no point; write BATCHxTOKENS, for instance 32x4096 or fullx16384")
     return f"{batch}x{tokens}"
 

@@ -9,7 +9,8 @@ and the clock left as it is, so that its microseconds are not those of the bench
 
 Rows: a launch. Bytes read of device memory and their rate; the share of cycles in which a scheduler issued (100 % is one instruction per
 cycle and scheduler); warps in flight per scheduler; of the cycles between two instructions of a warp, how many it waits for what; and the
-cycles that a multiprocessor is at work, fewest and most, over the launch's (a tail shows here).
+cycles that a multiprocessor is at work, fewest and most, over the launch's (a tail shows here). Of the thousand columns that ncu writes,
+the file keeps those that the table is made of.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from decode_cases import CONFIGURATIONS, MIXED, Case, make_layer, our_steps  # noqa: E402
 from decode_timing import facts, multiprocessors  # noqa: E402
-from measuring import Rows, add_table_options, ended, show_table  # noqa: E402
+from measuring import Rows, add_table_options, ended, read_csv, write_csv  # noqa: E402
 
 from rotatek_compile.errors import UsageError
 from rotatek_compile.kernels import table
@@ -40,7 +42,7 @@ PLANS = {UNIFORM: CONFIGURATIONS[UNIFORM], MAP: CONFIGURATIONS[MAP], "as wide as
 KERNEL = "split_kernel"
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats", "InstructionStats", "MemoryWorkloadAnalysis")
 CYCLES = tuple(f"sm__cycles_active.{part}" for part in ("min", "avg", "max")) + ("sm__cycles_elapsed.max", "dram__bytes_read.sum")
-STALLED = "smsp__average_warps_issue_stalled_"
+STALLED, PER_ISSUE = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
 SHOWN = {
     "us": ("gpu__time_duration.sum",),
     "MB read": ("dram__bytes_read.sum",),
@@ -50,6 +52,8 @@ SHOWN = {
     "registers": ("launch__registers_per_thread",),
 }
 """Columns of the table and the counters that they may be read from; the units are made alike in `scaled`."""
+NOT_COUNTED = ("", "n/a", "no data")  # what ncu writes for a counter that it has not
+ABOUT = ("batch", "tokens", "plan", "device", "multiprocessors", "torch", "triton", "cudnn", "sm_MHz", "copy_TBps", "date")
 UNITS = {
     "ns": 1e-3,
     "nsecond": 1e-3,
@@ -94,7 +98,14 @@ def counted(names: list[str]) -> list[dict[str, str]]:
     return [row | {f"{name} unit": unit for name, unit in units.items() if unit} for row in rows]
 
 
-def measured(options: argparse.Namespace) -> Rows:
+def kept(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a row what the table needs: launch and device, its counters with their units, the cycles, what warps wait for."""
+    wanted = {*ABOUT, *CYCLES, *(counter for counters in SHOWN.values() for counter in counters)}
+    wanted |= {name for name in row if name.startswith(STALLED) and name.endswith(PER_ISSUE)}
+    return {name: row[name] for name in row if name.removesuffix(" unit") in wanted}
+
+
+def measured() -> Rows:
     names = list(PLANS)
     made = ((batch, tokens, name) for batch, tokens in SHAPES for name in names)
     about = facts()
@@ -107,7 +118,7 @@ def measured(options: argparse.Namespace) -> Rows:
 def scaled(row: dict[str, str], counter: str) -> float | None:
     """A counter in microseconds, megabytes, or as it is; None where it was not counted."""
     text = str(row.get(counter, "")).replace(",", "")
-    if not text or text == "n/a":
+    if text in NOT_COUNTED:
         return None
     value = float(text) * UNITS.get(str(row.get(f"{counter} unit", "")), 1.0)
     if counter.endswith("inst_executed.sum"):
@@ -119,9 +130,8 @@ def waits(row: dict[str, str]) -> list[tuple[str, float]]:
     """Cycles that a warp waits for each reason between two of its instructions, most first."""
     found = {}
     for name in row:
-        if name.startswith(STALLED) and name.endswith("_per_issue_active.ratio"):
-            cycles = scaled(row, name)
-            found[name.removeprefix(STALLED).removesuffix("_per_issue_active.ratio").replace("_", " ")] = cycles or 0.0
+        if name.startswith(STALLED) and name.endswith(PER_ISSUE):
+            found[name.removeprefix(STALLED).removesuffix(PER_ISSUE).replace("_", " ")] = scaled(row, name) or 0.0
     return sorted(found.items(), key=lambda item: -item[1])
 
 
@@ -149,8 +159,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.launch:
         launches(options.launch)
-    else:
-        show_table(options, measured, printed, ())
+        return 0
+    rows = [kept(row) for row in (read_csv(options.table) if options.table else measured())]
+    if options.output:
+        write_csv(options.output, rows)
+    print(printed(rows))
     return 0
 
 

@@ -41,6 +41,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         ("subspaces", "bench_subspaces.py", "subspaces.json"),
         ("rival-speed", "bench_rival_speed.py", "rival_speed.csv"),
         ("rap-latency", "bench_rap_latency.py", "rap_latency.csv"),
+        ("counters", "count_decode.py", "decode_counters.csv"),
     ):
         page = placed(marker)
         if page and (HERE / "results" / name).exists():
@@ -56,8 +57,11 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         ("decode-rates", "--rates"),
         ("decode-linear", "--linear", "decode_linear.csv"),
         ("decode-small", "--small", "decode_small.csv"),
+        ("decode-baselines", "--baselines", "decode_baselines.csv"),
+        ("steps", "--steps", "steps.csv"),
+        ("steps-reached", "--reached", "steps.csv"),
     ]
-    for marker, *words in (*more, ("steps", "--steps", "steps.csv")):
+    for marker, *words in more:
         page = placed(marker)
         if page and all((HERE / "results" / word).exists() for word in words[1:]):
             found[page, marker] = [["print_decode.py", *words]]

@@ -4,24 +4,28 @@ python benchmarks/print_decode.py [benchmarks/results/bench_decode.csv]         
 python benchmarks/print_decode.py --rates                                         # what that table comes to, in a sentence or two
 python benchmarks/print_decode.py --linear benchmarks/results/decode_linear.csv [--plot docs/decode_linear.png]
 python benchmarks/print_decode.py --small benchmarks/results/decode_small.csv
+python benchmarks/print_decode.py --baselines benchmarks/results/decode_baselines.csv
 python benchmarks/print_decode.py --steps benchmarks/results/steps.csv              # whole steps, of bench_steps.py
+python benchmarks/print_decode.py --reached benchmarks/results/steps.csv            # what these come to, in a sentence or two
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import sys
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from step_tables import Row, reached, span, steps_table  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_decode.csv"
 UNIFORM, MIXED = "ours K 32x4 V 64x4", "ours mixed, mean K 32x4 V 64x4"
 BITS = {8: ("ours K 64x8 V 128x8", "ours K 32x8 V 128x8"), 4: ("ours K 32x4 V 128x4", UNIFORM)}
 SMALL_TARGET = 16.7  # MB of dense cache per layer from which ours is to be never slower: 2**24 bytes, whatever a file rounds them to
 SLOPE_TARGET = 0.1
-Row = dict[str, Any]  # cells are text where they come from a file
 
 
 def read(file: Path) -> list[Row]:
@@ -36,13 +40,6 @@ def is_dense(row: Row) -> bool:
 
 def measured_on(row: Row) -> str:
     return f"{row['device']}, torch {row['torch']}, Triton {row['triton']}, cuDNN {row['cudnn']}, copy {row['copy_TBps']} TB/s"
-
-
-def span(values: Iterable[float], digits: int) -> str:
-    """`least to most`, or one number if they are written alike."""
-    found = list(values)
-    low, high = f"{min(found):.{digits}f}", f"{max(found):.{digits}f}"
-    return low if low == high else f"{low} to {high}"
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -83,6 +80,19 @@ def rates(rows: list[Row]) -> list[str]:
         f"launched from Python, has {eager[0]} times the speed of {dense} with the append, {eager[1]} without."
     )
     return textwrap.wrap(words, 140)
+
+
+def baselines_table(rows: list[Row]) -> list[str]:
+    """Each method with and without the append, what it read per second without, and the time of the fastest dense kernel over its own."""
+    head = ["B", "T", "method", "us", "TB/s", "with the append, us", "speed over the fastest dense", "with the append"]
+    lines = [measured_on(rows[0]), "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    plain, appended = (ratios_to_dense(rows, column) for column in ("graph_us", "graph_append_us"))
+    for row in rows:
+        key = row["method"], row["B"], row["T"]
+        cells = [row["B"], row["T"], row["method"], f"{float(row['graph_us']):.0f}", f"{float(row['graph_TBps']):.2f}"]
+        cells += [f"{float(row['graph_append_us']):.0f}", f"{plain[key]:.2f}", f"{appended[key]:.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def with_slopes(rows: list[Row]) -> list[Row]:
@@ -214,63 +224,6 @@ def plot_linear(rows: list[Row], file: Path) -> None:
     plt.close(figure)
 
 
-def with_step_ratios(rows: list[Row]) -> list[Row]:
-    """Rows of whole steps with `over_best_dense` (tokens per second over those of the fastest dense row of the same model and point),
-    `bytes_allow` (what that would be if reading weights and cache once were all there is to a step), `reached` (the one over the other) and
-    `roofline` (those bytes at the rate of a device copy, over the time of the step)."""
-    out = []
-    for row in rows:
-        same = [other for other in rows if all(other[name] == row[name] for name in ("model", "point"))]
-        dense = [other for other in same if not str(other["cache"]).startswith("ours")]
-        found = {"roofline": step_gb(row) / (float(row["copy_TBps"]) * float(row["ms"]))}
-        if dense and row not in dense:
-            fastest = max(dense, key=lambda other: float(other["tokens_per_second"]))
-            smallest = min(dense, key=lambda other: float(other["cache_gb"]))
-            found["over_best_dense"] = float(row["tokens_per_second"]) / float(fastest["tokens_per_second"])
-            found["bytes_allow"] = float(row["batch"]) / step_gb(row) / (float(smallest["batch"]) / step_gb(smallest))
-            found["reached"] = found["over_best_dense"] / found["bytes_allow"]
-        out.append(row | found)
-    return out
-
-
-def step_gb(row: Row) -> float:
-    """GB that a step has to read: the weights and the cache."""
-    return float(row["weights_gb"]) + float(row["cache_gb"])
-
-
-def steps_table(rows: list[Row]) -> list[str]:
-    """Whole steps of each model, dense and compressed, and how much larger the largest batches are."""
-    first = rows[0]
-    head = ["B", "T", "cache", "ms a step", "tokens/s", "cache GB", "roofline", "over the best dense", "bytes allow", "reached"]
-    columns = ("roofline", "over_best_dense", "bytes_allow", "reached")
-    lines = [f"{first['device']}, torch {first['torch']}, transformers {first['transformers']}"]
-    if "model" in first:  # else of a run before there were several, with its own ratios
-        lines[0] += f", copy {float(first['copy_TBps']):.2f} TB/s"
-        rows = with_step_ratios(rows)
-    for model in dict.fromkeys(row.get("model") for row in rows):
-        mine = [row for row in rows if row.get("model") == model]
-        title = [f"{model}, weights {float(mine[0]['weights_gb']):.1f} GB", ""] if model else []
-        lines += ["", *title, "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        for row in mine:
-            cells = [str(row["batch"]), str(row["tokens"]), str(row["cache"])]
-            cells += [f"{float(row['ms']):.1f}", f"{float(row['tokens_per_second']):.0f}", f"{float(row['cache_gb']):.2f}"]
-            cells += ["" if row.get(name) in (None, "") else f"{float(row[name]):.2f}" for name in columns]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines += largest_batches(mine)
-    return lines
-
-
-def largest_batches(rows: list[Row]) -> list[str]:
-    """For each length of text whose largest batches were tried, a sentence."""
-    lines = []
-    for point in dict.fromkeys(row["point"] for row in rows if str(row.get("point", "")).startswith("full")):
-        batches = {str(row["cache"]): int(row["batch"]) for row in rows if row["point"] == point}
-        dense = max((n for name, n in batches.items() if not name.startswith("ours")), default=0)
-        words = [f"{name}: {n}" + (f" ({n / dense:.1f} times)" if dense and name.startswith("ours") else "") for name, n in batches.items()]
-        lines += ["", f"Largest batch at T {point.split('x')[-1]}: {'; '.join(words)}."]
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print tables of decode attention that bench_decode.py measured.")
     parser.add_argument(
@@ -280,6 +233,8 @@ def main() -> None:
     parser.add_argument("--linear", type=Path, metavar="CSV", help="cost from 16k to 128k tokens, of bench_decode.py --linear, instead")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="with --linear: draw it too (needs matplotlib)")
     parser.add_argument("--small", type=Path, metavar="CSV", help="small caches, of bench_decode.py --small, instead")
+    parser.add_argument("--baselines", type=Path, metavar="CSV", help="other dense kernels, of bench_decode.py --only-baselines, instead")
+    parser.add_argument("--reached", type=Path, metavar="CSV", help="what whole steps come to, instead of their table")
     parser.add_argument("--steps", type=Path, metavar="CSV", help="whole steps, of bench_steps.py, instead")
     args = parser.parse_args()
     if args.plot and not args.linear:
@@ -288,8 +243,12 @@ def main() -> None:
         lines = linear_table(read(args.linear))
     elif args.small:
         lines = small_table(read(args.small))
+    elif args.baselines:
+        lines = baselines_table(read(args.baselines))
     elif args.steps:
         lines = steps_table(read(args.steps))
+    elif args.reached:
+        lines = reached(read(args.reached))
     else:
         lines = (rates if args.rates else table)(read(args.file))
     print("\n".join(lines))

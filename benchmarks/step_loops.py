@@ -90,6 +90,10 @@ class Bench:
         self.device = self.like.device
         self.ids = torch.randint(10, 30000, (batch, 1), device=self.device)
 
+    def clock(self, step: Callable[[int], Any], steps: int, warm: int = WARM) -> float:
+        """As `timed`; every loop but that of transformers' `generate` is measured here."""
+        return timed(step, self.device, steps, warm)
+
     def call(self, cache: Any, number: int) -> Any:
         """One step as `generate` asks for it, the next token chosen on the device."""
         places = torch.full((self.batch, 1), self.tokens + number, device=self.device)
@@ -101,7 +105,7 @@ class Bench:
         cache = DynamicCache(config=self.model.config.get_text_config())
         for index in range(len(self.geometry.layers)):
             cache.update(*random_kv(self.geometry, index, self.batch, self.tokens, self.like), index)
-        seconds = timed(lambda number: self.call(cache, number), self.device, self.steps // 2, warm=4)
+        seconds = self.clock(lambda number: self.call(cache, number), self.steps // 2, warm=4)
         return seconds, cache_bytes(cache).stored
 
     def static(self, compile_seconds: float) -> tuple[float, int]:
@@ -135,7 +139,7 @@ class Bench:
 
         with attended_by(self.model, DENSE, dense_attention, masked=False):
             if self.device.type != "cuda":
-                return timed(lambda number: step(self.ids), self.device, self.steps), cache_bytes(cache).stored
+                return self.clock(lambda number: step(self.ids), self.steps), cache_bytes(cache).stored
             for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 with sdpa_kernel(kernel):
                     for _ in range(3):
@@ -143,7 +147,7 @@ class Bench:
                     torch.cuda.synchronize()
                     recorder = CudaRecorder(self.device)
                     recorder.record(partial(step, self.ids.clone()))
-                found.append(timed(lambda number, one=recorder: one.replay(), self.device, self.steps))
+                found.append(self.clock(lambda number, one=recorder: one.replay(), self.steps))
                 del recorder
         return min(found), cache_bytes(cache).stored
 
@@ -155,7 +159,7 @@ class Bench:
                 fill_many(cache, self.geometry, self.batch, self.tokens, self.like, CODED_ROWS)
             else:
                 fill_ours(cache, self.geometry, self.batch, self.tokens, self.like)
-            seconds = timed(lambda number: self.call(cache, number), self.device, self.steps)
+            seconds = self.clock(lambda number: self.call(cache, number), self.steps)
             held = cache_bytes(cache).stored  # afterwards: a captured stretch makes room
             if graphs and self.device.type == "cuda" and not any(h.captured for h in enabled.graphs.histories.values()):
                 raise NotCapturedError("nothing was captured")

@@ -10,9 +10,10 @@ import step_loops
 import torch
 from bench_full_size import llava_next, random_model
 from bench_steps import Saved, point_of, qwen3_vl_4b, row_bytes, row_of
-from print_decode import read, steps_table
+from print_decode import read
 from step_caches import DENSE, FixedLayer, artifact_of, dense_attention, fill_many, fill_ours, random_kv
 from step_loops import Bench, NotCapturedError, TooLongError, at_most
+from step_tables import reached, steps_table
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
@@ -202,20 +203,41 @@ def test_geometries(monkeypatch, capsys, tmp_path):
     assert out.endswith("\n".join(steps_table(rows)) + "\n") and "no time left" not in out
 
 
+ROW = {"device": "a GPU", "torch": "2", "transformers": "5", "model": "m", "weights_gb": "1", "copy_TBps": "2", "tokens": 64}
+DENSE_ROW = ROW | {"point": "2x64", "batch": 2, "cache": "dense, captured", "ms": "4", "tokens_per_second": "500", "cache_gb": "3"}
+OURS_ROW = DENSE_ROW | {"cache": "ours, captured", "ms": 2, "tokens_per_second": 1000, "cache_gb": "0.6"}
+FULL_ROWS = [
+    one | {"point": "fullx64"} for one in (DENSE_ROW, OURS_ROW | {"batch": 10, "tokens_per_second": 5000, "cache_gb": "3", "ms": "2.5"})
+]
+
+
 def test_table():
-    row = {"device": "a GPU", "torch": "2", "transformers": "5", "model": "m", "weights_gb": "1", "copy_TBps": "3", "tokens": 64}
-    dense = row | {"point": "2x64", "batch": 2, "cache": "dense, captured", "ms": "4", "tokens_per_second": "500", "cache_gb": "3"}
-    slow = dense | {"cache": "stock", "ms": 8, "tokens_per_second": 250, "cache_gb": "3.5"}
-    ours = dense | {"cache": "ours", "ms": 2, "tokens_per_second": 1000, "cache_gb": "0.6"}
-    full = [one | {"point": "fullx64"} for one in (dense, ours | {"batch": 10, "tokens_per_second": 5000, "cache_gb": "3"})]
-    lines = steps_table([dense, slow, ours, *full])
-    assert lines[0] == "a GPU, torch 2, transformers 5, copy 3.00 TB/s" and lines[2] == "m, weights 1.0 GB"
+    """Bytes at 2 TB/s: 4 GB are 2 ms, 1.6 GB are 0.8; a row stands with its point, wherever it was measured."""
+    slow = DENSE_ROW | {"cache": "stock", "ms": 8, "tokens_per_second": 250, "cache_gb": "3.5"}
+    lines = steps_table([DENSE_ROW, OURS_ROW, *FULL_ROWS, slow])
+    assert lines[0] == "a GPU, torch 2, transformers 5, copy 2.00 TB/s" and lines[2] == "m, weights 1.0 GB"
+    assert lines[4].endswith("| roofline | ms beyond the bytes | over the best dense | bytes allow | reached |")
     assert lines[6:] == [
-        "| 2 | 64 | dense, captured | 4.0 | 500 | 3.00 | 0.33 |  |  |  |",
-        "| 2 | 64 | stock | 8.0 | 250 | 3.50 | 0.19 |  |  |  |",
-        "| 2 | 64 | ours | 2.0 | 1000 | 0.60 | 0.27 | 2.00 | 2.50 | 0.80 |",
-        "| 2 | 64 | dense, captured | 4.0 | 500 | 3.00 | 0.33 |  |  |  |",
-        "| 10 | 64 | ours | 2.0 | 5000 | 3.00 | 0.67 | 10.00 | 5.00 | 2.00 |",
+        "| 2 | 64 | dense, captured | 4.0 | 500 | 3.00 | 0.50 | 2.00 |  |  |  |",
+        "| 2 | 64 | ours, captured | 2.0 | 1000 | 0.60 | 0.40 | 1.20 | 2.00 | 2.50 | 0.80 |",
+        "| 2 | 64 | stock | 8.0 | 250 | 3.50 | 0.28 | 5.75 |  |  |  |",
+        "| 2 | 64 | dense, captured | 4.0 | 500 | 3.00 | 0.50 | 2.00 |  |  |  |",
+        "| 10 | 64 | ours, captured | 2.5 | 5000 | 3.00 | 0.80 | 0.50 | 10.00 | 5.00 | 2.00 |",
         "",
-        "Largest batch at T 64: dense, captured: 2; ours: 10 (5.0 times).",
+        "Largest batch at T 64: dense, captured: 2; ours, captured: 10 (5.0 times).",
+        "",
+        "At least 0.85 of what the bytes allow: B 10, T 64, ours, captured (2.00). Less: B 2, T 64, ours, captured (0.80).",
     ]
+    assert steps_table([DENSE_ROW])[-1].startswith("| 2 | 64 | dense")
+
+
+def test_what_steps_come_to():
+    """Ranges over the captured rows of ours, equal batches and the largest apart; eager rows and models without dense rows do not count."""
+    slower = OURS_ROW | {"cache": "ours b, captured", "tokens_per_second": 800}
+    rows = [DENSE_ROW, OURS_ROW, slower, OURS_ROW | {"cache": "ours", "tokens_per_second": 100}, *FULL_ROWS]
+    other = [one | {"model": "n"} for one in (DENSE_ROW, OURS_ROW)]
+    assert " ".join(reached([*rows, *other])) == (
+        "m: 1.60 to 2.00 times the tokens per second of the best dense step (0.64 to 0.80 of what the bytes allow) at equal batches, "
+        "10.00 times the tokens per second of the best dense step (2.00 of what the bytes allow) with the largest batches that fit at T 64."
+        " n: 2.00 times the tokens per second of the best dense step (0.80 of what the bytes allow) at equal batches."
+    )

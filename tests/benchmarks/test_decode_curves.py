@@ -193,6 +193,33 @@ def test_dry_run_of_the_main_table(on_the_cpu, monkeypatch, capsys, tmp_path):
     assert "the fastest dense kernel" in " ".join(print_decode.rates([row | {"B": 1} for row in mixed_too(rows)]))
 
 
+def test_only_the_baselines(on_the_cpu, monkeypatch, capsys, tmp_path):
+    """Those of other packages beside SDPA and three rows of ours, in a file of their own."""
+    monkeypatch.setattr(bench_decode, "DRY_SHAPES", {(1, 160): 1})
+    monkeypatch.setattr(sys, "argv", ["bench_decode.py", "--only-baselines", "--dry-run", "--output", str(tmp_path)])
+    bench_decode.main()
+    rows = print_decode.read(tmp_path / "decode_baselines.csv")
+    ours = ["ours dense", "ours K 32x8 V 128x8", "ours K 32x4 V 64x4"]
+    assert [row["method"] for row in rows] == ["SDPA cuDNN", "SDPA flash", *ours, "FlexAttention", "FlexAttention thin K 32"]
+    assert not (tmp_path / "bench_decode.csv").exists() and "FlashInfer fa2: does not run here" in capsys.readouterr().out
+    assert len(print_decode.baselines_table(rows)) == 4 + len(rows)
+
+
+def test_baselines_by_hand():
+    """Ratios are to the fastest dense row of the same shape, thin Keys not among them, with and without the append."""
+    times = {"SDPA cuDNN": (50, 60), "FlashInfer fa2": (40, 80), "FlexAttention thin K 32": (10, 20), "ours dense": (20, 30)}
+    rows = [
+        {"B": "1", "T": "64", "method": name, "graph_us": us, "graph_append_us": appended, "graph_TBps": us / 20} | FACTS
+        for name, (us, appended) in times.items()
+    ]
+    assert print_decode.baselines_table(rows)[4:] == [
+        "| 1 | 64 | SDPA cuDNN | 50 | 2.50 | 60 | 0.80 | 1.00 |",
+        "| 1 | 64 | FlashInfer fa2 | 40 | 2.00 | 80 | 1.00 | 0.75 |",
+        "| 1 | 64 | FlexAttention thin K 32 | 10 | 0.50 | 20 | 4.00 | 3.00 |",
+        "| 1 | 64 | ours dense | 20 | 1.00 | 30 | 2.00 | 2.00 |",
+    ]
+
+
 def mixed_too(rows):
     """Rows with those that `rates` speaks of."""
     names = (print_decode.MIXED, *print_decode.BITS[8], *print_decode.BITS[4][:1])
