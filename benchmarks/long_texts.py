@@ -91,28 +91,31 @@ def random_tokens(tokens: int, vocabulary: int, avoid: Iterable[int], seed: Sequ
     return drawn
 
 
+@torch.inference_mode()
 def generated(
     model: Any, pages: Sequence[Encoded], tokens: int, cache: Cache, avoid: Iterable[int], seeds: Sequence[Sequence[int] | int]
 ) -> list[list[int]]:
     """By page, the question about it and what the model writes after it, sampled at temperature 1; `tokens` in all."""
-    avoided, draws = list(avoid), [np.random.default_rng(seed) for seed in seeds]
     texts = [question(page) for page in pages]
     reader = Reader(model, [joined([page, text]) for page, text in zip(pages, texts, strict=True)], cache)
     reader.read([page.visual_end for page in pages], pages, last=1)
-    seen = reader.read([len(text) for text in texts], last=1)
-    axes = reader.wholes[0].positions
-    while min(map(len, texts)) < tokens:
-        for row, (text, own) in enumerate(zip(texts, seen, strict=True)):
-            chances = own[-1].exp().cpu().numpy()
-            chances[avoided] = 0
-            text.append(int(np.searchsorted(chances.cumsum(), draws[row].random() * chances.sum(), side="right")))
-            whole = reader.wholes[row]
-            numbers = None if axes is None or whole.positions is None else _one_more(whole.positions)
-            reader.wholes[row] = replace(whole, prompt=[*whole.prompt, text[-1]], positions=numbers)
-        seen = reader.read(1)
-    return [text[:tokens] for text in texts]
-
-
-def _one_more(numbers: Tensor) -> Tensor:
-    """Positions [A, T] and that of a token more."""
-    return torch.cat([numbers, (numbers.max() + 1).expand(numbers.shape[0], 1)], 1)
+    seen = torch.stack([own[-1] for own in reader.read([len(text) for text in texts], last=1)])
+    more = max(tokens - min(map(len, texts)), 0)
+    draws = torch.from_numpy(np.stack([np.random.default_rng(seed).random(more) for seed in seeds])).to(seen.device)
+    allowed = torch.ones_like(seen[0]).index_fill_(0, torch.tensor(list(avoid), dtype=torch.int64, device=seen.device), 0)
+    assert reader.before is not None
+    one = torch.ones(len(pages), 1, dtype=reader.before.mask.dtype)
+    places, mask, one = (
+        positions(reader.wholes, reader.seen, one).to(reader.device),
+        reader.before.mask.to(reader.device),
+        one.to(reader.device),
+    )
+    written: list[Tensor] = []
+    for n in range(more):  # nothing is read on the host, which would wait for every step
+        sums = (seen.exp() * allowed).cumsum(1)
+        written.append(torch.searchsorted(sums, draws[:, n : n + 1] * sums[:, -1:], right=True).clamp_max(sums.shape[1] - 1))
+        mask = torch.cat([mask, one], 1)
+        given = {"attention_mask": mask, "position_ids": places + n, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        seen = model(input_ids=written[-1].to(reader.device), **given).logits[:, -1].double().log_softmax(-1)
+    found = torch.cat(written, 1).tolist() if written else [[] for _ in pages]
+    return [[*text, *own][:tokens] for text, own in zip(texts, found, strict=True)]
