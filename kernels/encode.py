@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .codes import pack, padded
 from .slabs import Slabs
+from .table import sent
 
 BLOCK_N = 32
 
@@ -113,8 +114,7 @@ def between(tensor: Tensor, origin: Tensor) -> int:
 
 def upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """A table int64 on the device; the host does not wait for the copy."""
-    table = torch.tensor(rows, dtype=torch.int64)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return sent(torch.tensor(rows, dtype=torch.int64), device)
 
 
 @lru_cache(maxsize=1)

@@ -170,72 +170,73 @@ def plan_splits(
     """
     batch, heads, segments, _ = table.shape
     rows = batch * heads
-    window = torch.zeros(rows, 1, FIELDS, dtype=torch.int64)
-    window[..., KIND], window[..., LENGTH] = int(Kind.WINDOW), window_capacity
+    pieces = np.zeros((rows, segments + 1, FIELDS), dtype=np.int64)  # in numpy: many small steps, which torch takes longer to begin
+    pieces[:, :segments] = table.reshape(rows, segments, FIELDS).numpy()
+    pieces[:, segments, KIND], pieces[:, segments, LENGTH] = int(Kind.WINDOW), window_capacity
     for side in (KEY, VALUE):
-        window[..., side + NATIVE] = head_dim
-        window[..., side + BASIS] = NONE
-    pieces = torch.cat([table.reshape(rows, segments, FIELDS).to(torch.int64), window], dim=1).reshape(-1, FIELDS)
-    row = torch.arange(rows).repeat_interleave(segments + 1)
-    entry = torch.cat([torch.arange(rows * segments).view(rows, segments), torch.full((rows, 1), NONE)], dim=1).reshape(-1)
-    keep = (pieces[:, KIND] != int(Kind.EMPTY)) & (pieces[:, LENGTH] > 0)
-    pieces, row, entry = pieces[keep], row[keep], entry[keep]
+        pieces[:, segments, side + NATIVE] = head_dim
+        pieces[:, segments, side + BASIS] = NONE
+    row, at = np.nonzero((pieces[..., KIND] != int(Kind.EMPTY)) & (pieces[..., LENGTH] > 0))
+    pieces, entry = pieces[row, at], np.where(at == segments, NONE, row * segments + at)
     _check(pieces, head_dim)
 
     length = pieces[:, LENGTH]
     stored = pieces[pieces[:, KIND] != int(Kind.WINDOW)]
     key_widths, value_widths = _widths(stored, KEY), _widths(stored, VALUE)
     token_cost = _token_costs(pieces, itemsize, key_widths, value_widths, tuning)
-    wanted = (length * token_cost).sum().item() / max(num_programs, 1)
-    count = ((length * token_cost) / max(wanted, 1.0)).round().long()
-    count = count.clamp(min=1).minimum((length // min_tokens).clamp(min=1))
-    tokens = _ceil(length, count)  # per split: even, whole blocks, and whole tiles where that changes little
-    step = torch.where(tokens >= 4 * TILE, TILE, BLOCK)
-    tokens = _ceil(tokens, step) * step
-    count = _ceil(length, tokens)
+    wanted = float((length * token_cost).sum()) / max(num_programs, 1)
+    count = (length * token_cost / max(wanted, 1.0)).round().astype(np.int64)
+    count = np.minimum(count.clip(min=1), (length // min_tokens).clip(min=1))
+    tokens = -(-length // count)  # per split: even, whole blocks, and whole tiles where that changes little
+    step = np.where(tokens >= 4 * TILE, TILE, BLOCK)
+    tokens = -(-tokens // step) * step
+    count = -(-length // tokens)
 
-    piece = torch.arange(len(pieces)).repeat_interleave(count)
-    slot = torch.arange(len(piece))
-    start = (slot - (count.cumsum(0) - count)[piece]) * tokens[piece]
-    records = torch.zeros(len(piece), SPLIT_FIELDS, dtype=torch.int64)
+    piece = np.repeat(np.arange(len(pieces)), count)
+    slot = np.arange(len(piece))
+    start = (slot - (count.cumsum() - count)[piece]) * tokens[piece]
+    records = np.zeros((len(piece), SPLIT_FIELDS), dtype=np.int64)
     records[:, SLOT], records[:, ROW], records[:, SPLIT_KIND], records[:, ENTRY] = slot, row[piece], pieces[piece, KIND], entry[piece]
-    records[:, COUNT], records[:, START] = torch.minimum(tokens[piece], length[piece] - start), start
-    per_row = torch.zeros(rows, dtype=torch.int64).index_add_(0, row, count)
-    ranges = torch.cat([torch.zeros(1, dtype=torch.int64), per_row.cumsum(0)]).to(torch.int32)
-    longest_first = torch.argsort(records[:, COUNT] * token_cost[piece], descending=True, stable=True)
+    records[:, COUNT], records[:, START] = np.minimum(tokens[piece], length[piece] - start), start
+    per_row = np.bincount(row, weights=count, minlength=rows).astype(np.int64)
+    ranges = np.concatenate([[0], per_row.cumsum()]).astype(np.int32)
+    longest_first = np.argsort(-records[:, COUNT] * token_cost[piece], kind="stable")
     return SplitPlan(
-        records=records[longest_first].to(device),
-        ranges=ranges.to(device),
+        records=sent(torch.from_numpy(records[longest_first]), device),
+        ranges=sent(torch.from_numpy(ranges), device),
         max_splits=int(per_row.max()) if rows else 0,
         key_widths=key_widths,
         value_widths=value_widths,
-        pairs=frozenset((n >= 2, n % 2 == 1) for n in _distinct((stored[:, [KEY + BASIS, VALUE + BASIS]] == NONE).long(), 2)),
+        pairs=frozenset((n >= 2, n % 2 == 1) for n in _distinct((stored[:, [KEY + BASIS, VALUE + BASIS]] == NONE).astype(np.int64), 2)),
     )
 
 
-def _ceil(a: Tensor, b: Tensor | int) -> Tensor:
-    return (a + b - 1) // b
+def sent(host: Tensor, device: torch.device | str | None) -> Tensor:
+    """A tensor of the CPU on a device, a copy of its own there; the host does not wait for what a GPU has to do first."""
+    if device is not None and torch.device(device).type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
 
 
-def _token_costs(pieces: Tensor, itemsize: int, key_widths: Slabs, value_widths: Slabs, tuning: Tuning) -> Tensor:
-    """What a token of each piece costs, fp32, in bytes read: its own, or those of the same time where instructions take longer.
+def _token_costs(pieces: np.ndarray, itemsize: int, key_widths: Slabs, value_widths: Slabs, tuning: Tuning) -> np.ndarray:
+    """What a token of each piece costs, fp64, in bytes read: its own, or those of the same time where instructions take longer.
 
     All heads of a layer go through tiles as wide as its widest slabs, so for codes that time is one for all (H100, three budgets).
     """
-    halves = torch.tensor([2 * itemsize, 2, 1])  # half bytes of a direction
-    read = sum((pieces[:, side + NATIVE : side + BASIS] * halves).sum(1) for side in (KEY, VALUE)) / 2
-    instructions = torch.full_like(read, tuning.softmax)  # of scores and softmax
+    halves = np.array([2 * itemsize, 2, 1])  # half bytes of a direction
+    read, instructions = np.zeros(len(pieces)), np.full(len(pieces), float(tuning.softmax))  # of scores and softmax
     for side, widths in ((KEY, key_widths), (VALUE, value_widths)):
+        read += pieces[:, side + NATIVE : side + BASIS] @ halves / 2
         of_tile = tuning.byte * _tile(widths.byte) + tuning.nibble * _tile(widths.nibble // 2)
         instructions += (pieces[:, side + BASIS] != NONE) * of_tile
     coded = (pieces[:, [KEY + BYTE, KEY + NIBBLE, VALUE + BYTE, VALUE + NIBBLE]] > 0).any(1)
-    return read.maximum(torch.where(coded, instructions, 1.0))  # a segment without any direction takes a little time too
+    return np.maximum(read, np.where(coded, instructions, 1.0))  # a segment without any direction takes a little time too
 
 
-def _distinct(rows: Tensor, base: int) -> list[int]:
+def _distinct(rows: np.ndarray, base: int) -> list[int]:
     """Different rows of numbers [N, n] from 0 to base - 1, each as one number of n digits."""
-    places = torch.tensor([base**n for n in reversed(range(rows.shape[1]))])
-    found: list[int] = (rows * places).sum(1).unique().tolist()
+    digits = np.array([base**n for n in reversed(range(rows.shape[1]))])
+    found: list[int] = np.unique(rows @ digits).tolist()
     return found
 
 
@@ -243,13 +244,13 @@ def _tile(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length()) if width else 0
 
 
-def _widths(pieces: Tensor, side: int) -> Slabs:
+def _widths(pieces: np.ndarray, side: int) -> Slabs:
     """The largest slab of each precision among the rotated sides."""
     rotated = pieces[pieces[:, side + BASIS] != NONE, side + NATIVE : side + BASIS]
-    return Slabs(*rotated.amax(0).tolist()) if len(rotated) else Slabs()
+    return Slabs(*rotated.max(0).tolist()) if len(rotated) else Slabs()
 
 
-def _check(pieces: Tensor, head_dim: int) -> None:
+def _check(pieces: np.ndarray, head_dim: int) -> None:
     if head_dim % UNIT:
         raise ValueError(f"head_dim {head_dim} is not a multiple of {UNIT}; use the torch backend")
     for side in (KEY, VALUE):
@@ -264,5 +265,5 @@ def _check(pieces: Tensor, head_dim: int) -> None:
         rotated = pieces[pieces[:, side + BASIS] != NONE]
         for name, held, field, step in (("OFFSET", pieces, OFFSET, 16), ("BASIS", rotated, BASIS, UNIT), ("STRIDE", rotated, STRIDE, UNIT)):
             values = held[:, side + field]
-            if bool((values % step != 0).any()):
+            if (values % step != 0).any():
                 raise ValueError(f"{name} must be a multiple of {step}, got {int(values[values % step != 0][0])}")

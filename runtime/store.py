@@ -31,6 +31,7 @@ from ..kernels.table import (
     own_basis,
     plan_splits,
     programs_for,
+    sent,
 )
 from .encode import Coordinates
 from .merging import compact, merge_text
@@ -306,7 +307,7 @@ class Store:
         if self._view is None or not stands or (splits and self._view.splits is None):
             host = torch.from_numpy(np.ascontiguousarray(self.table))
             if self.table_on_device is None:
-                self.table_on_device = host.to(self.device, copy=True)
+                self.table_on_device = sent(host.clone(), self.device)
             plan = None
             if splits:
                 processors = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 1
