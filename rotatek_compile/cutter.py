@@ -6,7 +6,7 @@ Only the text after the images is run again, many cuts at a time (rereading.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,23 +162,21 @@ class Cutter:
                 found[number] = doc.kl_from(got, self.temperature)
         return found
 
-    @contextmanager
-    def stressed(self, errors: float) -> Iterator[None]:
+    def stressed(self, errors: float) -> AbstractContextManager[None]:
         """Cuts whose errors are so many times as large as coding makes them."""
-        self.errors = errors
-        try:
-            yield
-        finally:
-            self.errors = 1.0
+        return self._for_now("errors", errors)
+
+    def tempered(self, temperature: float) -> AbstractContextManager[None]:
+        """KL of distributions whose logits are divided by this (`Prefilled.kl_from`)."""
+        return self._for_now("temperature", temperature)
 
     @contextmanager
-    def tempered(self, temperature: float) -> Iterator[None]:
-        """KL of distributions whose logits are divided by this (`Prefilled.kl_from`)."""
-        self.temperature = temperature
+    def _for_now(self, name: str, value: float) -> Iterator[None]:
+        setattr(self, name, value)
         try:
             yield
         finally:
-            self.temperature = 1.0
+            setattr(self, name, 1.0)
 
     @contextmanager
     def cut(self, doc: Prefilled, plan: Cut, dropped: Collection[Pair] = ()) -> Iterator[None]:
