@@ -47,7 +47,7 @@ class Packed:
     @classmethod
     def of_equal(cls, codes: Tensor) -> Packed:
         """uint8 [..., N], N bytes for each head."""
-        return cls([codes.reshape(-1)], [codes.shape[-1]] * (codes.numel() // max(codes.shape[-1], 1)))
+        return cls([codes.reshape(-1)], [codes.shape[-1]] * codes.shape[:-1].numel())
 
 
 def pack_heads(jobs: Sequence[Packing], dtype: torch.dtype) -> list[list[Tensor]]:

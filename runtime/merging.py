@@ -159,19 +159,14 @@ def compact(store: Store) -> None:
 
 def _move_scales(store: Store, sides: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
     """The scales of these entries of sides, and the calibrated ones, of which entries name parts."""
-    shared = {number: (start, int(store.prepared.side(number).scale_starts[-1])) for number, start in store.calibrated.items()}
-    ranges = [(np.array([start]), np.array([size])) for start, size in shared.values()]
     scaled = [(side, at[side[at][:, [BYTE, NIBBLE]].sum(1) > 0]) for side, at in sides]
-    for side, at in scaled:
-        starts = side[at, SCALES]
-        own = np.ones(len(at), dtype=bool)
-        for start, size in shared.values():
-            own &= (starts < start) | (starts >= start + size)
-        ranges.append((starts[own], side[at][own][:, [BYTE, NIBBLE]].sum(1)))
+    ranges = [(side[at, SCALES], side[at][:, [BYTE, NIBBLE]].sum(1)) for side, at in scaled]
+    for number, start in store.calibrated.items():
+        ranges.append((np.array([start]), np.array([int(store.prepared.side(number).scale_starts[-1])])))
     scales = _Moved(store.scales, ranges)
     for side, at in scaled:
         side[at, SCALES] = scales.place(side[at, SCALES])
-    store.calibrated = {number: int(scales.place(np.array([start]))[0]) for number, (start, _) in shared.items()}
+    store.calibrated = {number: int(scales.place(np.array([start]))[0]) for number, start in store.calibrated.items()}
     store.scales = scales.pool()
 
 
@@ -184,6 +179,8 @@ def _bytes(sides: np.ndarray, lengths: np.ndarray, itemsize: int) -> np.ndarray:
 class _Moved:
     """Ranges of an old pool, and where they are in one that holds nothing else.
 
+    Ranges that touch or overlap move as one: a range stays whole wherever others begin, also in the table of a saved cache that lies.
+
     Args:
         ranges: pairs of (starts, sizes), int64 [N] each. A range comes as often as it is named; what takes no room may lie anywhere.
     """
@@ -191,9 +188,12 @@ class _Moved:
     def __init__(self, old: Tensor, ranges: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         none = np.zeros(0, dtype=np.int64)
         starts, sizes = (np.concatenate(part) for part in zip((none, none), *ranges, strict=True))
-        self.old = old
-        self.starts, first = np.unique(starts[sizes > 0], return_index=True)
-        self.sizes = sizes[sizes > 0][first]
+        order = np.flatnonzero(sizes > 0)
+        order = order[np.argsort(starts[order], kind="stable")]
+        starts, ends = starts[order], np.maximum.accumulate((starts + sizes)[order])
+        first = np.flatnonzero(np.append(-1, ends[:-1]) < starts)  # of each run
+        self.old, self.starts = old, starts[first]
+        self.sizes = ends[np.append(first[1:], len(ends)) - 1] - self.starts if len(ends) else none
         self.moved = np.cumsum(self.sizes) - self.sizes
 
     def place(self, starts: np.ndarray) -> np.ndarray:
@@ -208,9 +208,8 @@ class _Moved:
         """The new pool; the old one if nothing is dropped."""
         if self.sizes.sum() == self.old.numel():
             return self.old
-        breaks = np.flatnonzero(self.starts[1:] != self.starts[:-1] + self.sizes[:-1]) + 1
-        runs = zip(np.split(self.starts, breaks), np.split(self.sizes, breaks), strict=True) if self.starts.size else ()
-        return torch.cat([self.old[:0], *(self.old[int(s[0]) : int(s[0] + n.sum())] for s, n in runs)])
+        runs = zip(self.starts.tolist(), self.sizes.tolist(), strict=True)
+        return torch.cat([self.old[:0], *(self.old[start : start + size] for start, size in runs)])
 
 
 def _slabs(side: np.ndarray) -> Slabs:

@@ -204,11 +204,9 @@ def check_state(state: LayerState, prepared: PreparedLayer, common: Common, wher
             for h, fields in enumerate(tensors[name].tolist()):
                 _check_side(fields, side, h, state, prepared, f"{where}: tensor {name}")
                 refuse(fields[OFFSET] == 0, where, f"tensor {name} has OFFSET {fields[OFFSET]}, which blocks get when they are written")
-                if written["sides"] is not None:
-                    slabs = written["sides"][SIDES.index(side)]["slabs"][h]
-                    refuse(
-                        fields[NATIVE:BASIS] == slabs, where, f"tensor {name} has the slabs {fields[NATIVE:BASIS]} where {slabs} are kept"
-                    )
+                sides = written["sides"]
+                slabs = sides[SIDES.index(side)]["slabs"][h] if sides is not None else list(getattr(prepared.kinds["text"], side).slabs[h])
+                refuse(fields[NATIVE:BASIS] == slabs, where, f"tensor {name} has the slabs {fields[NATIVE:BASIS]} where {slabs} are kept")
 
 
 def _check_table(state: LayerState, prepared: PreparedLayer, common: Common, where: str) -> None:

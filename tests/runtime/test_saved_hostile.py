@@ -196,6 +196,22 @@ def test_other_lies(model, store, tmp_path):
     assert all(any(key in what for key in (*harmless, "calibrated", "tail", "budgeted", "monitor")) for what in read), read
 
 
+def test_blocks_in_calibrated_coordinates_have_the_slabs_of_the_plan(model, prompts, make_artifact, tmp_path):
+    """More directions than are written would be read from behind the codes of a block."""
+    with torch.no_grad(), enable(model, make_artifact(plan=MIXED, span="all", window=8), backend="torch") as enabled:
+        document = Document.read(model, **prompts.batch([[30]]))
+        go_on(model, document.cache, document.mask, (16,) * 6)
+        document.mask = torch.cat([document.mask, document.mask.new_ones(1, 96)], 1)
+        document.save(tmp_path / "cache")
+        tensors, described = parts(tmp_path / "cache")
+        name = "layers.0.blocks.0.value.fields"
+        assert described["layers"]["0"]["blocks"][0]["sides"] is None and tensors[name][0, 1:4].tolist() == [0, 16, 0]
+        assert refusal(tmp_path / "cache", model, enabled) is None
+        tensors[name][0, 2] = 32
+        words = refusal(written(tensors, described, tmp_path / "lie"), model, enabled)
+        assert words is not None and "has the slabs [0, 32, 0] where [0, 16, 0] are kept" in words
+
+
 def test_another_artifact_plan_or_model(model, store, make_model, make_artifact):
     artifact, file = store
     plan = make_artifact(plan=NOTHING, span="all", prior_tokens=1, fallback=8.0, window=8)

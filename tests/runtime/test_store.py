@@ -18,6 +18,7 @@ from rotatek_compile.kernels.table import (
     NONE,
     OFFSET,
     OWN_MEAN,
+    SCALES,
     STRIDE,
     VALUE,
     Kind,
@@ -318,3 +319,39 @@ def test_rows_written_at_once_are_what_each_is_alone(store_of, monkeypatch, plan
         for one, other in zip(rebuilt["at once"], rebuilt[name], strict=True):
             for (k1, v1), (k2, v2) in zip(one, other, strict=True):
                 assert torch.allclose(k1, k2, atol=1e-5) and torch.allclose(v1, v2, atol=1e-5)
+
+
+@pytest.mark.parametrize("begins", [0, 2])
+@pytest.mark.parametrize("dropped", [0, 2, 30])
+def test_ranges_that_overlap_stay_whole(store_of, begins, dropped):
+    """The table of a saved cache may name a part of another segment: 2 tokens that begin with one of 8, or 2 later. What is dropped before
+    both may be as much as they share."""
+    store = store_of(batch=2)
+    if dropped:
+        store.add_dense(1, *tokens(dropped))
+    short, long = store.add_dense(0, *tokens(2)), store.add_dense(0, *tokens(8, seed=1))
+    store.flush()
+    for side in (KEY, VALUE):
+        store.table[0, :, short, side + OFFSET] = store.table[0, :, long, side + OFFSET] + begins * DIM * 4
+    if dropped:
+        store.clear(1, 0)
+    merging.compact(store)
+    assert store.codes.numel() == 2 * HEADS * 8 * DIM * 4
+    for h, found in enumerate(reconstruct(store.view(splits=False))[0]):
+        for x, exact in zip(found, tokens(8, seed=1), strict=True):
+            assert torch.equal(x, torch.cat([exact[h, begins : begins + 2], exact[h]]))
+
+
+def test_scales_that_reach_behind_the_calibrated_ones_stay_whole(store_of):
+    """As they may in the table of a saved cache: 16 scales of which 8 are the last calibrated ones."""
+    store = store_of()
+    place, _ = add(store, 0, 64, kind="text", own_parts=False)
+    add(store, 0, 64, seed=1)
+    store.flush()
+    end = sum(CALIBRATED)
+    store.table[0, 0, place, VALUE + SCALES] = end - 8
+    expected = store.scales[end - 8 : end + 8].clone()
+    store.clear(0, 1 - place)
+    merging.compact(store)
+    at = int(store.table[0, 0, place, VALUE + SCALES])
+    assert torch.equal(store.scales[at : at + 16], expected)
