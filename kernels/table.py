@@ -212,8 +212,11 @@ def plan_splits(
 
 
 def sent(host: Tensor, device: torch.device | str | None) -> Tensor:
-    """A tensor of the CPU on a device, a copy of its own there; the host does not wait for what a GPU has to do first."""
-    if device is not None and torch.device(device).type == "cuda":
+    """A tensor of the CPU on a device; the host does not wait for what a GPU has to do first.
+
+    While a CUDA graph is captured it is an error, as every copy from ordinary memory is: replays would read what lies there by then.
+    """
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_current_stream_capturing():
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
 
