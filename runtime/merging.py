@@ -82,6 +82,7 @@ def merge_text(store: Store) -> None:
                 store.table[row, :, members[0]], store.ids[row, members[0]] = entry, segment
     if len(parts) > 1:
         store.codes = torch.cat(parts)
+        parts.clear()  # the old pool is not needed while the new one is made
         compact(store)
 
 
