@@ -48,31 +48,9 @@ def merge_text(store: Store) -> None:
     is not complete yet are left alone: they are still to become one segment. Rows whose blocks are alike in number and length, as those
     of a batch are that decodes, are joined by the same few copies.
     """
-    whole = (store.ids != 0) & (store.table[..., LENGTH] % BLOCK == 0).all(1)  # [B, places]
-    for row, places in enumerate(store.held):
-        whole[row, places] = False
-    rows = np.flatnonzero(whole.sum(1) >= MERGE_AT)
-    if not rows.size:
-        return
-    owners = _owners(store.ids)
-    shared: dict[tuple[int, ...], list[Blocks]] = {}  # rows that share blocks (beams) go on sharing what becomes of them
-    for row in rows.tolist():
-        groups: dict[tuple[bytes, tuple[int, ...]], list[int]] = {}
-        for s in np.flatnonzero(whole[row]).tolist():
-            like = store.table[row][:, s][:, LIKE].tobytes(), owners[int(store.ids[row, s])]
-            groups.setdefault(like, []).append(s)
-        for members in groups.values():
-            if len(members) >= MERGE_AT:
-                shared.setdefault(tuple(store.ids[row, members].tolist()), []).append((row, members))
-    alike: dict[tuple[bytes, ...], list[list[Blocks]]] = {}
-    for copies in shared.values():
-        row, members = copies[0]
-        entry = store.table[row][:, members]
-        alike.setdefault((entry[:, 0][:, WIDTHS].tobytes(), entry[0, :, LENGTH].tobytes()), []).append(copies)
     parts, end = [store.codes], store.codes.numel()
-    for joined in alike.values():
-        joining = [copies[0] for copies in joined]
-        entries, codes = _join(store, joining, end)
+    for joined in _alike(store):
+        entries, codes = _join(store, [copies[0] for copies in joined], end)
         parts += codes
         end += sum(part.numel() for part in codes)
         for copies, entry in zip(joined, entries, strict=True):
@@ -84,6 +62,32 @@ def merge_text(store: Store) -> None:
         store.codes = torch.cat(parts)
         parts.clear()  # the old pool is not needed while the new one is made
         compact(store)
+
+
+def _alike(store: Store) -> list[list[list[Blocks]]]:
+    """What is to be joined: groups of equal slabs and lengths, of segments to be, of the rows that share one (beams), which go on sharing."""
+    whole = (store.ids != 0) & (store.table[..., LENGTH] % BLOCK == 0).all(1)  # [B, places]
+    for row, places in enumerate(store.held):
+        whole[row, places] = False
+    rows = np.flatnonzero(whole.sum(1) >= MERGE_AT)
+    if not rows.size:
+        return []
+    owners = _owners(store.ids)
+    shared: dict[tuple[int, ...], list[Blocks]] = {}
+    for row in rows.tolist():
+        groups: dict[tuple[bytes, tuple[int, ...]], list[int]] = {}
+        for s in np.flatnonzero(whole[row]).tolist():
+            like = store.table[row][:, s][:, LIKE].tobytes(), owners[int(store.ids[row, s])]
+            groups.setdefault(like, []).append(s)
+        for members in groups.values():
+            if len(members) >= MERGE_AT:
+                shared.setdefault(tuple(store.ids[row, members].tolist()), []).append((row, members))
+    alike: dict[tuple[bytes, bytes], list[list[Blocks]]] = {}
+    for copies in shared.values():
+        row, members = copies[0]
+        entry = store.table[row][:, members]
+        alike.setdefault((entry[:, 0][:, WIDTHS].tobytes(), entry[0, :, LENGTH].tobytes()), []).append(copies)
+    return list(alike.values())
 
 
 def _owners(ids: np.ndarray) -> dict[int, tuple[int, ...]]:
