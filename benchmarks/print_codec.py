@@ -233,7 +233,7 @@ def chosen_table(file: Path) -> list[str]:
             lines.append(f"| {' | '.join([*cells, format(float(row['most_of_one']), '.2f')])} |")
             about.append(f"{row['device']}, {row['dtype']}, torch {row['torch']}, transformers {row['transformers']}")
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RotateKError(f"{file} cannot be read ({error}); pass a table of chosen plans as benchmarks/results/plans-t2.csv is") from error
+        raise RotateKError(f"{file} cannot be read ({error}); pass a table as benchmarks/results/plans-t2.csv is") from error
     return [*dict.fromkeys(about), "", *lines]
 
 
