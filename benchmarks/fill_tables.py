@@ -33,6 +33,8 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
     found["docs/codec.md", "broken"] = [["bench_broken_inputs.py", "--print", file] for file in measured("broken-{}.csv")]
     found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", file] for file in measured("refresh-{}.csv")]
     found["docs/codec.md", "plans"] = [["print_codec.py", "--plans", *measured("plans-{}.json")]]
+    renewed = [["print_codec.py", "--plans", *measured("plans-t2-{}.json")], ["print_codec.py", "--chosen", "plans-t2.csv"]]
+    found["docs/codec.md", "plans-t2"] = renewed
     found["docs/codec.md", "plans504"] = [["print_codec.py", "--plans", *measured("plans504-{}.json")]]
     found["docs/rap.md", "rap"] = [["bench_rap.py", "--print", file] for file in ("rap-tiny-llava-next.csv", "rap-text.csv")]
     found["docs/rap.md", "stack"] = [["bench_stack.py", "--print", "stack-tiny-llava-next.csv"]]
@@ -51,6 +53,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         page = placed(f"proof-{model}")
         if page and (HERE / "results" / f"proof-{model}.csv").exists():
             found[page, f"proof-{model}"] = [["print_suite.py", f"proof-{model}.csv", "--versus"], ["print_suite.py", f"proof-{model}.csv"]]
+    found["docs/rivals.md", "palu"] = [["print_suite.py", file] for file in measured("palu-{}.csv")]
     found["docs/rivals.md", "evidence"] = [["print_suite.py", file, "--versus"] for file in measured("evidence-{}.csv")]
     found["docs/codec.md", "encode"] = [["bench_encode.py", "--print", "encode.json"]]
     more = [

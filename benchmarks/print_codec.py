@@ -3,11 +3,13 @@
 python benchmarks/print_codec.py DIR/codec-*.csv                          # every table that the files hold
 python benchmarks/print_codec.py DIR/codec-*.csv --merge all.csv          # put them into one CSV, which this prints too
 python benchmarks/print_codec.py --plans DIR/plans-*.json                 # what bench_plans.py found: predicted and measured KL
+python benchmarks/print_codec.py --chosen DIR/plans-t2.csv                # plans chosen anew, among random plans measured before
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -204,6 +206,42 @@ def _plan_row(model: str, budget: float, found: dict[str, Any]) -> str:
     return f"| {' | '.join([*cells, f'[{low:.2g}, {high:.2g}]'])} |"
 
 
+def chosen_table(file: Path) -> list[str]:
+    """Plans that were chosen anew, measured on the documents of random plans of bench_plans.py, among which they are given a place.
+
+    Args:
+        file: rows of a model and a budget; `random_plans` names the table of the random ones, which lies beside it. Places are exact,
+            but there is no paired interval: of a random plan only the mean over documents is kept.
+
+    Raises:
+        RotateKError: a file that is missing or has no such columns, or no random plan of a model at a budget.
+    """
+    columns = ("model", "budget", "documents", "place of the chosen plan", "its KL", "least KL of a random plan", "share of one document")
+    lines, about = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)], []
+    try:
+        for row in _read(file):
+            others = [
+                float(one["measured_kl"])
+                for one in _read(file.with_name(row["random_plans"]))
+                if (one["model"], one["plan"], float(one["budget"])) == (row["model"], "random", float(row["budget"]))
+            ]
+            if not others:
+                raise RotateKError(f"{row['random_plans']} has no random plan of {row['model']} at {row['budget']}; name one that has")
+            kl = float(row["kl"])
+            cells = [row["model"], fraction(float(row["budget"])), row["documents"]]
+            cells += [f"{1 + sum(other < kl for other in others)} of {len(others) + 1}", spread(row, "kl", ".1e"), f"{min(others):.1e}"]
+            lines.append(f"| {' | '.join([*cells, format(float(row['most_of_one']), '.2f')])} |")
+            about.append(f"{row['device']}, {row['dtype']}, torch {row['torch']}, transformers {row['transformers']}")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RotateKError(f"{file} cannot be read ({error}); pass a table as benchmarks/results/plans-t2.csv is") from error
+    return [*dict.fromkeys(about), "", *lines]
+
+
+def _read(file: Path) -> Rows:
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
 def _rival(row: dict[str, str], prefix: str) -> list[str]:
     if not row[prefix]:
         return ["-", "-"]
@@ -218,8 +256,8 @@ def _by_budget(rows: Iterable[dict[str, str]]) -> Rows:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was asked for."""
-    if args.plans:
-        print("\n".join(plans_table(args.plans)))
+    if args.plans or args.chosen:
+        print("\n".join(plans_table(args.plans) if args.plans else chosen_table(args.chosen)))
         return 0
     rows = merged(args.csv)
     if args.merge:
@@ -234,9 +272,10 @@ def main() -> int:
     parser.add_argument("csv", type=Path, nargs="*")
     parser.add_argument("--merge", type=Path, help="write the rows to this CSV too")
     parser.add_argument("--plans", type=Path, nargs="+", metavar="JSON", help="print the table of these instead")
+    parser.add_argument("--chosen", type=Path, metavar="CSV", help="print the table of these plans, chosen anew, instead")
     args = parser.parse_args()
-    if bool(args.csv) == bool(args.plans):
-        parser.error("pass CSV files of bench_codec.py, or --plans with those of bench_plans.py")
+    if sum(map(bool, (args.csv, args.plans, args.chosen))) != 1:
+        parser.error("pass CSV files of bench_codec.py, --plans with those of bench_plans.py, or --chosen with a table of plans")
     return ended(lambda: run(args))
 
 

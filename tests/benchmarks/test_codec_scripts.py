@@ -175,6 +175,25 @@ def test_plans_are_printed(tmp_path):
         printer.plans_table([tmp_path / "plans.json"])
 
 
+def test_plans_that_were_chosen_anew_have_a_place_among_random_ones(tmp_path):
+    random = [("m", 0.125, "random", kl) for kl in (3e-4, 1e-4, 5e-4)]
+    others = [("m", 0.125, "chosen", 1e-9), ("m", 0.0625, "random", 1e-9), ("n", 0.125, "random", 1e-9)]  # none of these counts
+    names = ("model", "budget", "plan", "measured_kl")
+    write(tmp_path / "plans-m.csv", [dict(zip(names, row, strict=True)) for row in (*random, *others)])
+    about = {"device": "cpu", "dtype": "float32", "torch": "1", "transformers": "2", "random_plans": "plans-m.csv"}
+    row = {"model": "m", "budget": 0.125, "documents": 9, "kl": 4e-4, "kl_low": 2e-4, "kl_high": 6e-4, "most_of_one": 0.667} | about
+    write(tmp_path / "t.csv", [row])
+    said = printer.chosen_table(tmp_path / "t.csv")
+    assert said[0] == "cpu, float32, torch 1, transformers 2"
+    assert said[-1] == "| m | 1/8 | 9 | 3 of 4 | 4.0e-04 [2.0e-04, 6.0e-04] | 1.0e-04 | 0.67 |"
+    write(tmp_path / "t.csv", [row | {"budget": 0.5}])
+    with pytest.raises(RotateKError, match=r"plans-m\.csv has no random plan of m at 0\.5"):
+        printer.chosen_table(tmp_path / "t.csv")
+    write(tmp_path / "t.csv", [{"model": "m"}])
+    with pytest.raises(RotateKError, match="cannot be read"):
+        printer.chosen_table(tmp_path / "t.csv")
+
+
 def test_nearly_blank_pages():
     data = sparse_pages.source("evaluation", 3)
     first, again, other = data.sample(0), data.sample(0), data.sample(1)
