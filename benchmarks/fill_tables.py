@@ -34,7 +34,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
     found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", file] for file in measured("refresh-{}.csv")]
     found["docs/codec.md", "plans"] = [["print_codec.py", "--plans", *measured("plans-{}.json")]]
     found["docs/codec.md", "plans504"] = [["print_codec.py", "--plans", *measured("plans504-{}.json")]]
-    found["docs/rap.md", "rap"] = [["bench_rap.py", "--print", file] for file in ("rap-tiny-llava-next.csv", "rap-text.csv")]
+    found["docs/rap.md", "rap"] = [["bench_rap.py", "--print", file] for file in ("rap-tiny-llava-next.csv", "rap-text9.csv", "rap-text.csv")]
     found["docs/rap.md", "stack"] = [["bench_stack.py", "--print", "stack-tiny-llava-next.csv"]]
     found["docs/evidence.md", "rotation"] = [["bench_rotation.py", "--print", file] for file in measured("rotation-{}.json")]
     for marker, script, name in (
@@ -42,6 +42,8 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         ("rival-speed", "bench_rival_speed.py", "rival_speed.csv"),
         ("rap-latency", "bench_rap_latency.py", "rap_latency.csv"),
         ("counters", "count_decode.py", "decode_counters.csv"),
+        ("step-parts", "step_parts.py", "step_parts.csv"),
+        ("retire", "bench_retire.py", "retire.csv"),
     ):
         page = placed(marker)
         if page and (HERE / "results" / name).exists():
