@@ -46,6 +46,7 @@ from rotatek_compile.rap_recover import recover
 from rotatek_compile.rap_statistics import RapStatistics, collect
 from rotatek_compile.statistics import Bootstrap
 
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """Sums by document."""

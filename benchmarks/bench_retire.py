@@ -217,7 +217,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """Shares of attention as markdown."""
     first = rows[0]
     lines = [f"{first['device']}, torch {first['torch']}, Triton {first['triton']}; one layer, us", ""]
-    lines += ["| B | T | dense MB | text | tokens at once | attention | append | leaving, wall | leaving, GPU | share | share, GPU |", "|" + "---|" * 11]
+    columns = "B | T | dense MB | text | tokens at once | attention | append | leaving, wall | leaving, GPU | share | share, GPU"
+    lines += [f"| {columns} |", "|" + "---|" * 11]
     for row in rows:
         cells = [str(row["batch"]), str(row["tokens"]), f"{float(row['dense_MB']):.0f}", "raw" if row["span"] == "visual" else "coded"]
         cells += [str(row["block"]), *(f"{float(row[name]):.1f}" for name in ("attend_us", "append_us", "retire_us", "busy_us"))]

@@ -34,7 +34,8 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
     found["docs/codec.md", "refresh"] = [["bench_refresh.py", "--print", file] for file in measured("refresh-{}.csv")]
     found["docs/codec.md", "plans"] = [["print_codec.py", "--plans", *measured("plans-{}.json")]]
     found["docs/codec.md", "plans504"] = [["print_codec.py", "--plans", *measured("plans504-{}.json")]]
-    found["docs/rap.md", "rap"] = [["bench_rap.py", "--print", file] for file in ("rap-tiny-llava-next.csv", "rap-text9.csv", "rap-text.csv")]
+    files = ("rap-tiny-llava-next.csv", "rap-text9.csv", "rap-text.csv")
+    found["docs/rap.md", "rap"] = [["bench_rap.py", "--print", file] for file in files]
     found["docs/rap.md", "stack"] = [["bench_stack.py", "--print", "stack-tiny-llava-next.csv"]]
     found["docs/evidence.md", "rotation"] = [["bench_rotation.py", "--print", file] for file in measured("rotation-{}.json")]
     for marker, script, name in (

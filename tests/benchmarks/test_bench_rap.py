@@ -149,7 +149,12 @@ def test_rows_are_added_to_an_older_run_that_they_repeat(bench, tmp_path):
     for files in ([old, new], [new, old]):
         found = bench.merged(files)
         ways = [(r["way"], r["trained"]) for r in found]
-        assert ways[1:] == [("fisher / published", "0"), ("logit / published", "0"), ("logit / sensitivity", "0"), ("fisher / published", "1")]
+        assert ways[1:] == [
+            ("fisher / published", "0"),
+            ("logit / published", "0"),
+            ("logit / sensitivity", "0"),
+            ("fisher / published", "1"),
+        ]
         assert [r.get("calib", "") for r in found if r["trained"] == "1"] == ["mixed"]
         assert bench.columns(found)[:2] == ["calib", "seed"] and len(bench.columns(found)) == len(dense) + 2
     off = file("off.csv", [dense, published | {"kl": "1.0000001"}, trained], calib="mixed", seed="0")
