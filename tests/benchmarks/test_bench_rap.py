@@ -165,6 +165,8 @@ def test_rows_are_added_to_an_older_run_that_they_repeat(bench, tmp_path):
             bench.merged(files)
     with pytest.raises(RotateKError, match="rows that are new"):
         bench.merged([new, file("all.csv", [dense, trained], calib="mixed", seed="0")])
+    with pytest.raises(RotateKError, match="rows that are new"):
+        bench.merged([new, file("unproven.csv", [dense, ours], calib="mixed", seed="0")])  # new rows, but none that shows it is the same plan
     elsewhere = file("elsewhere.csv", [dense, published, trained | {"keep_ratio": "0.6"}], calib="mixed", seed="0")
     with pytest.raises(RotateKError, match="has ratio 0.7 again"):
         bench.merged([old, elsewhere])
