@@ -166,7 +166,7 @@ def test_rows_are_added_to_an_older_run_that_they_repeat(bench, tmp_path):
     with pytest.raises(RotateKError, match="rows that are new"):
         bench.merged([new, file("all.csv", [dense, trained], calib="mixed", seed="0")])
     with pytest.raises(RotateKError, match="rows that are new"):
-        bench.merged([new, file("unproven.csv", [dense, ours], calib="mixed", seed="0")])  # new rows, but none that shows it is the same plan
+        bench.merged([new, file("unproven.csv", [dense, ours], calib="mixed", seed="0")])  # nothing shows that it is the same run
     elsewhere = file("elsewhere.csv", [dense, published, trained | {"keep_ratio": "0.6"}], calib="mixed", seed="0")
     with pytest.raises(RotateKError, match="has ratio 0.7 again"):
         bench.merged([old, elsewhere])
