@@ -11,73 +11,40 @@ Rows: `score / budget`, what is repaired, and steps of recovery (LoRA distillati
 split: KL to the dense model per scored token with its bootstrap interval over documents, perplexity (of answers, or of all text for a
 model that reads text alone), and exact match: every token of the answer is the most likely one given those before, which is what greedy
 decoding checks. `closed` is how much of the way from the published method without training to that with training a row goes, in KL and in
-the logarithm of perplexity. Models with q/k-norm (tiny-qwen3-vl) are refused: dropping a pair changes the norm of all others.
+the logarithm of perplexity; "-" where that way is less than a hundredth of what pruning costs. Models with q/k-norm (tiny-qwen3-vl) are
+refused: dropping a pair changes the norm of all others. `--merge` puts ratios together, and adds rows to ratios of another run if a file
+repeats a row of each figure for figure.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import ended, read_csv, record_of, versions, write_csv
+from measuring import ended, read_csv, record_of, write_csv
+from rap_tables import OURS, PUBLISHED, SETTINGS, TRAINED, WAYS, Way, columns, lines, merged
 from torch import Tensor
 
 from rotatek_compile.batches import Encoded, end_ids, rope_index
 from rotatek_compile.calibration_data.registry import open_data
 from rotatek_compile.compile_rap import pruned_copy
 from rotatek_compile.documents import Documents, usable
-from rotatek_compile.errors import RotateKError
 from rotatek_compile.geometry import Geometry
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, load_model, load_processor, resolve
-from rotatek_compile.rap_maps import REPAIRS, make_plan
+from rotatek_compile.rap_maps import make_plan
 from rotatek_compile.rap_measure import Measure
 from rotatek_compile.rap_plan import RapPlan
 from rotatek_compile.rap_reading import patched, read
 from rotatek_compile.rap_recover import recover
 from rotatek_compile.rap_statistics import RapStatistics, collect
 from rotatek_compile.statistics import Bootstrap
-
-SETTINGS = ("calib", "seed", "measured_on", "recover_batch")  # columns of older results do not have
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One row: how a plan is made, and whether it is trained afterwards."""
-
-    score: str
-    budget: str
-    repairs: tuple[str, ...] = ()
-    trained: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.score} / {self.budget}"
-
-
-PUBLISHED = Way("fisher", "published")
-OURS = Way("logit", "sensitivity", REPAIRS)
-TRAINED = {Way("fisher", "published", (), True): "published", Way("logit", "sensitivity", REPAIRS, True): "ours"}
-WAYS = (
-    PUBLISHED,
-    Way("fisher-weight", "published"),
-    Way("logit", "published"),
-    *(Way("logit", "published", (repair,)) for repair in REPAIRS),
-    Way("fisher", "published", REPAIRS),
-    Way("logit", "published", REPAIRS),
-    Way("fisher", "sensitivity"),
-    Way("fisher", "sensitivity", REPAIRS),
-    Way("logit", "sensitivity"),
-    OURS,
-    *TRAINED,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,63 +148,6 @@ def trained(model: Any, plan: RapPlan, statistics: RapStatistics, geometry: Geom
     return min(found, key=lambda one: one[0])[1].eval()
 
 
-def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One model's table as markdown, from rows as a CSV has them."""
-    first = rows[0]
-    trained = any(int(row["trained"]) for row in rows)
-    steps = f", recovery of {first['recover']} steps at the best of {first['rates']}" if trained else ""
-    head = f"{first['model']}, {first['documents']} documents of {first['data']}, {versions(dict(first))}{steps}"
-    out = [
-        head,
-        "",
-        "| keep ratio | score / budget | repair | trained | KL per token | perplexity | exact match | closed: KL, log perplexity |",
-    ]
-    out.append("|---|---|---|---|---|---|---|---|")
-    for ratio, group in itertools.groupby(rows, key=lambda row: float(row["keep_ratio"])):
-        own = list(group)
-        published = [row for row in own if (row["way"], row["repairs"]) == (PUBLISHED.name, "")]
-        ends = {int(row["trained"]): row for row in published}
-        for row in own:
-            repaired = "all" if row["repairs"] == "+".join(REPAIRS) else row["repairs"] or "-"
-            kl = f"{float(row['kl']):.2g} [{float(row['kl_low']):.2g}, {float(row['kl_high']):.2g}]"
-            cells = [f"{ratio:g}", row["way"], repaired, "yes" if int(row["trained"]) else "-", kl]
-            cells += [f"{float(row['perplexity']):.4g}", f"{float(row['exact_match']):.3f}", closed(row, ends)]
-            out.append(f"| {' | '.join(cells)} |")
-    return out
-
-
-def closed(row: Mapping[str, Any], ends: Mapping[int, Mapping[str, Any]]) -> str:
-    """How far a row goes from the published method without training to that with training, in KL and in log perplexity."""
-    if len(ends) < 2:
-        return "-"
-    found = []
-    for name, scale in (("kl", float), ("perplexity", lambda x: math.log(float(x)))):
-        begin, end, here = (scale(r[name]) for r in (ends[0], ends[1], row))
-        found.append(f"{(begin - here) / (begin - end):.2f}" if begin > end else "-")
-    return ", ".join(found)
-
-
-def merged(files: Sequence[Path]) -> list[dict[str, str]]:
-    """Rows of runs over different ratios, the largest first; the dense row is that of the first.
-
-    Raises:
-        RotateKError: runs of other documents, devices or settings, or a ratio that two of them have.
-    """
-    rows: list[dict[str, str]] = []
-    ratios: set[str] = set()
-    about = ("model", "data", "device", "dtype", "torch", "transformers", "num_samples", "recover", "rates", "documents", *SETTINGS)
-    for file in files:
-        own = read_csv(file)
-        if rows and any(own[0].get(key) != rows[0].get(key) for key in (*about, "perplexity")):
-            raise RotateKError(f"{file} is not of the same run as {files[0]}")
-        pruned = [row for row in own if row["way"] != "dense"]
-        if twice := ratios & {row["keep_ratio"] for row in pruned}:
-            raise RotateKError(f"{file} has ratio {', '.join(sorted(twice))} again; merge every ratio once")
-        ratios |= {row["keep_ratio"] for row in pruned}
-        rows += pruned if rows else own
-    return sorted(rows, key=lambda row: -float(row["keep_ratio"]))
-
-
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Load, read the calibration documents, measure, and write what is found."""
     source = resolve(args.model)
@@ -306,7 +216,7 @@ def main() -> None:
     def measured_or_merged() -> int:
         if args.merge:
             rows.extend(merged(args.merge))
-            write_csv(args.output, rows)
+            write_csv(args.output, rows, columns(rows))
         else:
             rows.extend(run(args))
         return 0

@@ -1,6 +1,7 @@
 """What text costs after it has been attended: appending a token, and moving old text out of the window, raw or coded.
 
     python benchmarks/bench_retire.py --output benchmarks/results [--seconds 120]
+    python benchmarks/bench_retire.py --print benchmarks/results/retire.csv
     python benchmarks/bench_retire.py --small --output /tmp/small              # the same path with short caches, also without a GPU
 
 One layer with 32 query and 8 KV heads of 128 in bf16, an artifact with K 32x8, V 128x8. The cache is filled with pages; then every row's
@@ -10,7 +11,8 @@ window holds so much text more than its size that a block leaves it. Columns, al
 - block: tokens that leave at once: 64 in plain steps, up to 256 between two captured stretches.
 - retire_us: the wall time of leaving (encoding, moving, the pool, the new work list), all rows together, until the GPU is done;
   busy_us: of this what kernels and copies take on the GPU.
-- share: append and leaving per token, over attention. The target is 0.05 from 134 MB of dense cache per layer up.
+- share: append and leaving per token, over attention. The target is 0.05 from 134 MB of dense cache per layer up. The table also has the
+  share of the GPU's own work, busy_us for retire_us and without the append.
 
 Before anything is timed, attention over the cache after text has left is checked against the specification in float64.
 """
@@ -32,6 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_full_size import llava_next, random_model  # noqa: E402
 from decode_timing import facts, graph_us  # noqa: E402
+from measuring import read_csv  # noqa: E402
 from step_caches import artifact_of, fill_ours  # noqa: E402
 
 from rotatek_compile.artifact import Artifact
@@ -185,7 +188,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="short caches, to try the path")
     parser.add_argument("--seconds", type=float, default=120, help="begin no point after so long")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--print", type=Path, dest="table", metavar="FILE", help="only print the table of this CSV")
     args = parser.parse_args()
+    if args.table:
+        print("\n".join(table(read_csv(args.table))))
+        return
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.small else "cpu")
     model, record = model_of_one_layer(args.small, device), facts()
@@ -210,11 +217,13 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """Shares of attention as markdown."""
     first = rows[0]
     lines = [f"{first['device']}, torch {first['torch']}, Triton {first['triton']}; one layer, us", ""]
-    lines += ["| B | T | dense MB | text | tokens at once | attention | append | leaving, wall | leaving, GPU | share |", "|" + "---|" * 10]
+    columns = "B | T | dense MB | text | tokens at once | attention | append | leaving, wall | leaving, GPU | share | share, GPU"
+    lines += [f"| {columns} |", "|" + "---|" * 11]
     for row in rows:
         cells = [str(row["batch"]), str(row["tokens"]), f"{float(row['dense_MB']):.0f}", "raw" if row["span"] == "visual" else "coded"]
         cells += [str(row["block"]), *(f"{float(row[name]):.1f}" for name in ("attend_us", "append_us", "retire_us", "busy_us"))]
-        lines.append("| " + " | ".join([*cells, f"{float(row['share']):.3f}"]) + " |")
+        cells += [f"{float(row['share']):.3f}", f"{float(row['busy_us']) / float(row['block']) / float(row['attend_us']):.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -36,7 +36,8 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
     renewed = [["print_codec.py", "--plans", *measured("plans-t2-{}.json")], ["print_codec.py", "--chosen", "plans-t2.csv"]]
     found["docs/codec.md", "plans-t2"] = renewed
     found["docs/codec.md", "plans504"] = [["print_codec.py", "--plans", *measured("plans504-{}.json")]]
-    found["docs/rap.md", "rap"] = [["bench_rap.py", "--print", file] for file in ("rap-tiny-llava-next.csv", "rap-text.csv")]
+    files = ("rap-tiny-llava-next.csv", "rap-text9.csv", "rap-text.csv")
+    found["docs/rap.md", "rap"] = [["bench_rap.py", "--print", file] for file in files]
     found["docs/rap.md", "stack"] = [["bench_stack.py", "--print", "stack-tiny-llava-next.csv"]]
     found["docs/evidence.md", "rotation"] = [["bench_rotation.py", "--print", file] for file in measured("rotation-{}.json")]
     for marker, script, name in (
@@ -44,6 +45,8 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         ("rival-speed", "bench_rival_speed.py", "rival_speed.csv"),
         ("rap-latency", "bench_rap_latency.py", "rap_latency.csv"),
         ("counters", "count_decode.py", "decode_counters.csv"),
+        ("step-parts", "step_parts.py", "step_parts.csv"),
+        ("retire", "bench_retire.py", "retire.csv"),
     ):
         page = placed(marker)
         if page and (HERE / "results" / name).exists():

@@ -54,6 +54,15 @@ def test_how_far_a_row_goes(bench):
     assert bench.lines(rows[:1])[-1].split("|")[-2].strip() == "-"  # nothing to compare with
 
 
+def test_training_that_goes_no_way_is_no_measure(bench):
+    """Less than a hundredth of what pruning costs: of a KL of 1, and of log perplexity that is 4 and 3.5 in the dense model."""
+    dense = row(bench, "dense", "", 0, 0, math.exp(3.5)) | {"keep_ratio": "1"}
+    ours = row(bench, "logit / sensitivity", "", 0, 0.5, math.exp(3.75))
+    for kl, loss, shown in ((0.991, 3.9951, "-, -"), (0.98, 3.98, "25.00, 12.50"), (0.98, 3.9951, "25.00, -"), (1.2, 3.98, "-, 12.50")):
+        ends = [row(bench, "fisher / published", "", 0, 1, math.exp(4)), row(bench, "fisher / published", "", 1, kl, math.exp(loss))]
+        assert bench.lines([dense, *ends, ours])[-1].split("|")[-2].strip() == shown
+
+
 def test_figures_of_one_document(bench):
     from types import SimpleNamespace
 
@@ -118,3 +127,46 @@ def test_runs_over_single_ratios_are_put_together_with_one_dense_row(bench, tmp_
         bench.merged([*some, file("d.csv", "0.7", device="gpu")])
     with pytest.raises(RotateKError, match="not of the same run"):
         bench.merged([*some, file("e.csv", "0.7", calib="others")])
+
+
+def test_rows_are_added_to_an_older_run_that_they_repeat(bench, tmp_path):
+    """A run of some rows, with columns that the older file lacks: it must repeat a row of each ratio, figure for figure."""
+    repairs = "factors+values+outputs"
+
+    def file(name, rows, **settings):
+        path = tmp_path / name
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(settings | rows[0]))
+            writer.writeheader()
+            writer.writerows([settings | one for one in rows])
+        return path
+
+    dense = row(bench, "dense", "", 0, 0, 5) | {"keep_ratio": "1.0"}
+    published, ours = row(bench, "fisher / published", "", 0, 1, 6), row(bench, "logit / sensitivity", repairs, 0, 0.25, 5.5)
+    trained = row(bench, "fisher / published", "", 1, 0.5, 5.75)
+    old = file("old.csv", [dense, published, row(bench, "logit / published", "", 0, 0.9, 6), ours])
+    new = file("new.csv", [dense, published, trained], calib="mixed", seed="0")
+    for files in ([old, new], [new, old]):
+        found = bench.merged(files)
+        ways = [(r["way"], r["trained"]) for r in found]
+        assert ways[1:] == [
+            ("fisher / published", "0"),
+            ("logit / published", "0"),
+            ("logit / sensitivity", "0"),
+            ("fisher / published", "1"),
+        ]
+        assert [r.get("calib", "") for r in found if r["trained"] == "1"] == ["mixed"]
+        assert bench.columns(found)[:2] == ["calib", "seed"] and len(bench.columns(found)) == len(dense) + 2
+    off = file("off.csv", [dense, published | {"kl": "1.0000001"}, trained], calib="mixed", seed="0")
+    alone = file("alone.csv", [dense, trained], calib="mixed", seed="0")
+    seeded = file("seeded.csv", [dense, published, trained | {"trained": "2"}], calib="mixed", seed="1")
+    for files in ([old, off], [old, alone], [old, new, seeded]):
+        with pytest.raises(RotateKError, match="not of the same run"):
+            bench.merged(files)
+    with pytest.raises(RotateKError, match="rows that are new"):
+        bench.merged([new, file("all.csv", [dense, trained], calib="mixed", seed="0")])
+    with pytest.raises(RotateKError, match="rows that are new"):
+        bench.merged([new, file("unproven.csv", [dense, ours], calib="mixed", seed="0")])  # nothing shows that it is the same run
+    elsewhere = file("elsewhere.csv", [dense, published, trained | {"keep_ratio": "0.6"}], calib="mixed", seed="0")
+    with pytest.raises(RotateKError, match="has ratio 0.7 again"):
+        bench.merged([old, elsewhere])

@@ -83,3 +83,22 @@ def test_the_command_saves_what_it_prints(monkeypatch, capsys, tmp_path):
         rows = list(csv.DictReader(stream))
     assert [row["span"] for row in rows] == ["visual", "all"]
     assert capsys.readouterr().out.endswith("\n".join(bench_retire.table(rows)) + "\n")
+    monkeypatch.setattr(sys, "argv", ["bench_retire.py", "--print", str(tmp_path / "retire.csv")])
+    bench_retire.main()
+    assert capsys.readouterr().out == "\n".join(bench_retire.table(rows)) + "\n"
+
+
+def test_shares_of_text_that_leaves():
+    """The GPU's own work: 640 us for 64 tokens are 10 per token, a quarter of 40."""
+    times = {"attend_us": "40", "append_us": "-0.25", "retire_us": "2560", "busy_us": "640", "share": "0.99375"}
+    row = {
+        "batch": "8",
+        "tokens": "4096",
+        "dense_MB": "134.22",
+        "span": "all",
+        "block": "64",
+        "device": "a GPU",
+        "torch": "2",
+        "triton": "3",
+    }
+    assert bench_retire.table([row | times])[-1] == "| 8 | 4096 | 134 | coded | 64 | 40.0 | -0.2 | 2560.0 | 640.0 | 0.994 | 0.250 |"
