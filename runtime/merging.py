@@ -65,7 +65,7 @@ def merge_text(store: Store) -> None:
 
 
 def _alike(store: Store) -> list[list[list[Blocks]]]:
-    """What is to be joined: groups of equal slabs and lengths, of segments to be, of the rows that share one (beams), which go on sharing."""
+    """What is to be joined: groups of equal slabs and lengths, of segments to be, of the rows that share one (beams)."""
     whole = (store.ids != 0) & (store.table[..., LENGTH] % BLOCK == 0).all(1)  # [B, places]
     for row, places in enumerate(store.held):
         whole[row, places] = False
