@@ -89,10 +89,9 @@ def test_warps_apart_at_every_length(group, new):
         check(cache, group, new, 128, torch.bfloat16)
 
 
+# of torch 2.11 itself, in what inductor imports; a filter above another one goes before it
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("error")
-@pytest.mark.filterwarnings(
-    r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning"
-)  # torch 2.11's own, in what inductor imports
 def test_the_operator():
     """Torch's own checks of the operator where it runs the kernel, and the same numbers as the plain call."""
     kept = Coded(0, 0, 32)
