@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
 from torch import Tensor, nn
 
 from .batches import prompt_text, tokenized
@@ -16,17 +17,19 @@ ASIDE = "What does it say?"  # stands for a question while the text around one i
 COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # outputs of a processor with one entry per token
 
 
-def compress(model: nn.Module, processor: Any, images: Sequence[Any]) -> Document:
+def compress(model: nn.Module, processor: Any, images: Sequence[Any] | Image.Image) -> Document:
     """Let a model read images once, so that many questions can be asked about them: `compress(...).ask("What is the total?")`.
 
     Args:
         model: with an artifact enabled on it (`load`, or inside `with enable(...)`).
-        images: PIL images, in order; they are put before the question as `rotatek-run` puts them.
+        images: PIL images in order, or one; they are put before the question as `rotatek-run` puts them.
 
     Raises:
         RotateKError: the model is not enabled, or its prompt cannot be cut behind the images.
     """
     enabled = enabled_on(model)
+    if isinstance(images, Image.Image):
+        images = [images]
     if not images:
         raise UsageError("a document is at least one image; for text alone use Document.read(model, **inputs)")
     inputs = dict(tokenized(processor, prompt_text(processor, len(images), ASIDE), list(images)))

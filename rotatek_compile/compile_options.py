@@ -18,6 +18,7 @@ from .names import (
     RAP_SCORES,
     SPANS,
     STACKED,
+    check_number,
     check_selection,
     refuse_unknown,
 )
@@ -102,6 +103,8 @@ class CompileOptions:
                 if (seen := getattr(self, name)) != default:
                     raise UsageError(f"--{name} {seen} comes with --method {OURS}; rivals code images, in their own way: leave it out")
         self._check_selection()
+        for name in ("kv_budget", "keep_ratio", "max_kl", "escape_ratio"):
+            check_number(f"--{name.replace('_', '-')}", getattr(self, name))
         if self.kv_budget is not None and not 0 < self.kv_budget <= 1:
             raise UsageError(f"--kv-budget {self.kv_budget} is out of range; it is a fraction of the dense bytes, above 0 and up to 1")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:

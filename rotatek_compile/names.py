@@ -43,12 +43,23 @@ def refuse_unknown(option: str, name: str, known: Collection[str]) -> None:
         raise UsageError(f"unknown --{option} {name!r}; choose one of {', '.join(known)}")
 
 
+def check_number(option: str, value: object) -> None:
+    """Refuse what is no number; None is none given. Python callers pass what they have read somewhere.
+
+    Raises:
+        UsageError: a text, a truth value or anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+        raise UsageError(f"{option} is {value!r}, expected a number")
+
+
 def check_fraction(option: str, value: float | None) -> None:
     """Refuse a number that is no fraction; None is none given.
 
     Raises:
-        UsageError: not above 0, or above 1.
+        UsageError: not a number, not above 0, or above 1.
     """
+    check_number(option, value)
     if value is not None and not 0 < value <= 1:
         raise UsageError(f"{option} {value:g} is out of range; it is a fraction, above 0 and up to 1")
 

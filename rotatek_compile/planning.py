@@ -139,7 +139,7 @@ def refuse_too_small(geometry: Geometry, share: float, escape_ratio: float = 0.0
         what = "means and escape tokens" if escape_ratio else "means"
         raise UsageError(
             f"--kv-budget {share:g} is too small: the {what} of a segment of {SEGMENT} tokens alone take {least:.4g} of its dense bytes; "
-            f"use at least that"
+            f"use at least {math.ceil(least * 1e5) / 1e5:g}"
         )
 
 

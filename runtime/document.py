@@ -110,8 +110,10 @@ class Document:
         """The answer to a question in words, greedy unless the options of `generate` say otherwise.
 
         Raises:
-            UsageError: the document was not made by `compress`, or was loaded without a processor.
+            UsageError: the document was not made by `compress`, or was loaded without a processor; a question that is no text.
         """
+        if not isinstance(question, str):
+            raise UsageError(f"a question is text, this is {type(question).__name__}; ask several questions one after the other")
         if self.frame is None or self.processor is None:
             raise UsageError("ask() needs a document made by compress(), and the processor; use generate() with the question's ids")
         text = self.frame.before + question + self.frame.after

@@ -174,6 +174,8 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if not path.parent.is_dir():
+        raise RotateKError(f"could not write {path}: there is no folder {path.parent}; make it first")
     staged: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}-", dir=path.parent)

@@ -154,6 +154,12 @@ def test_uses_that_would_be_silently_wrong_are_refused(tmp_path: Path) -> None:
                 document.generate(ids.expand(2, -1))
             with pytest.raises(UsageError, match=r"ask\(\) needs a document made by compress"):
                 document.ask("And?")
+            with pytest.raises(UsageError, match="a question is text, this is list"):
+                document.ask(["And?", "What?"])
+            single = compress(model, processor, images[0])  # one picture need not be a list
+            assert single.ask("And?", max_new_tokens=4) == compress(model, processor, images[:1]).ask("And?", max_new_tokens=4)
+            with pytest.raises(RotateKError, match="there is no folder .*nowhere; make it first"):
+                single.save(tmp_path / "nowhere" / "document")
             with pytest.raises(UsageError, match="at least one image"):
                 compress(model, processor, [])
             with pytest.raises(UsageError, match="read from input_ids"):

@@ -94,6 +94,7 @@ def test_words_and_dry_run(cli, checkpoint, data_file, small_run, tmp_path):
         ({"method": "head-drop", "kv_budget": 0.5, "keep_ratio": 0.5}, "one of the two"),
         ({"method": "head-drop", "kv_budget": 1e-6}, "cannot meet a KV budget of 1e-06"),
         ({"method": "head-drop", "kv_budget": 1.5}, "--kv-budget 1.5 is out of range"),
+        ({"method": "head-drop", "kv_budget": "0.5"}, "--kv-budget is '0.5', expected a number"),
         ({"method": "head-drop", "kv_budget": float("nan")}, "--kv-budget nan is out of range"),
         ({"method": "int4", "keep_ratio": 0.5}, "int4 has no keep ratio"),
         ({"method": "int4", "span": "all"}, "--span all comes with --method rotatek"),

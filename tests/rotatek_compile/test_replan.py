@@ -156,6 +156,9 @@ def test_without_sensitivities():
         (False, {"kv_budget": 1.5}, "--kv-budget 1.5 is out of range"),
         (False, {"kv_budget": 0.5}, "--kv-budget 0.5 is too small: .* takes 0.5"),
         (True, {"kv_budget": 0.001}, "--kv-budget 0.001 is too small: the means of a segment of 512 tokens alone take 0.001953"),
+        (True, {"kv_budget": 0.001953}, "use at least 0.00196$"),  # not the number that is refused
+        (True, {"kv_budget": "0.1"}, "--kv-budget is '0.1', expected a number"),
+        (False, {"keep_ratio": True}, "--keep-ratio is True, expected a number"),
     ],
 )
 def test_refusals(values, asked, words):
