@@ -230,7 +230,7 @@ def test_nothing_half_written_stays(model, prompts, make_artifact, monkeypatch, 
                 with pytest.raises(RotateKError, match="could not write .*No space left.*free space"):
                     document.save(target, overwrite=True)
         assert [entry.name for entry in tmp_path.iterdir()] == ["document"] and file.read_bytes() == before
-    with pytest.raises(RotateKError, match="No such file or directory"):
+    with pytest.raises(RotateKError, match="there is no folder .*no; make it first"):
         document.save(tmp_path / "no" / "folder")
 
 
