@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 sys.path.append(str(Path(__file__).parents[1] / "families"))
 import builders  # noqa: E402
@@ -14,6 +16,7 @@ from rotatek_compile.models import load_config, load_model, resolve  # noqa: E40
 from rotatek_compile.rap_artifact import RapSection, pair_tensors  # noqa: E402
 from rotatek_compile.rap_checkpoint import write_checkpoint  # noqa: E402
 from rotatek_compile.rap_plan import RapLayer, RapPlan, selection, unpruned  # noqa: E402
+from rotatek_compile.runtime.rap_attention import pruned_class  # noqa: E402
 from rotatek_compile.runtime.rap_load import load_pruned  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -32,6 +35,18 @@ def drawn_layer(shape, pairs, width, seed=0, bias=None):
     value = torch.randn(shape.kv_heads, width, dim, generator=draw) / dim**0.5
     output = torch.randn(heads, dim, width, generator=draw) / width**0.5
     return RapLayer(kept, key, query, value, output, None if bias is None else torch.randn(bias, generator=draw) / 10)
+
+
+def drawn_attention(query_heads, kv_heads, dim, widths):
+    """A pruned attention module with random weights and pairs, for `sdpa`."""
+    config = LlamaConfig(hidden_size=32, num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=dim, num_hidden_layers=1)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    made = pruned_class(LlamaAttention)(LlamaAttention(config, 0), widths).eval()
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    made.pairs = torch.stack([torch.randperm(dim // 2)[: widths.pairs].sort().values for _ in range(kv_heads)])
+    return made.requires_grad_(False)
 
 
 def drawn_plan(geometry, widths=SMALLER, hidden=None):

@@ -10,7 +10,7 @@ import torch
 from rotatek_compile.kernels.codes import unpack
 from rotatek_compile.kernels.slabs import NIBBLE_UNIT, UNIT, Slabs
 from rotatek_compile.plan import HeadPlan
-from rotatek_compile.runtime.encode import calibrated, choose, write
+from rotatek_compile.runtime.encode import calibrated, choose, packings, write
 from rotatek_compile.runtime.observed import Rules, affordable, observe
 from rotatek_compile.runtime.prepared import PreparedArtifact
 from rotatek_compile.runtime.residual import token_errors
@@ -216,3 +216,13 @@ def test_bases_in_any_layout(make_artifact):
     for before, after in zip(expected.sides, got.sides, strict=True):
         assert torch.equal(before.encode, after.encode) and torch.equal(before.mean, after.mean)
         assert after.encode.is_contiguous() and after.mean.is_contiguous() and after.balance.is_contiguous()
+
+
+def test_rows_without_scales_are_written_one_by_one(side_of):
+    """Scales are taken from what is written, so several rows cannot share them."""
+    basis, _ = side_of(MIXED[0])
+    x = torch.stack([like_calibration(basis, 8, seed) for seed in range(2)])
+    where = replace(calibrated(basis), scales=None)
+    with pytest.raises(ValueError, match="one by one"):
+        packings(x, x, where)
+    assert len(packings(x[:1], x[:1], where)) == 1 and len(packings(x, x, calibrated(basis))) == 2

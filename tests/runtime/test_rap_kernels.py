@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from rap_cases import drawn_attention
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rotatek_compile.kernels.narrow_torch import narrow_attention_torch
 from rotatek_compile.kernels.pairs_torch import turned
 from rotatek_compile.rap_plan import Widths
 from rotatek_compile.runtime import rap_kernels, rap_prefill
-from rotatek_compile.runtime.rap_attention import pruned_class
 
 HERE = Path(__file__).resolve().parent
 D, HQ, HKV, PAIRS, VALUE = 32, 4, 2, 8, 24
@@ -57,14 +57,7 @@ def fakes(monkeypatch):
 @pytest.fixture(scope="module")
 def module():
     """A pruned attention module with random weights."""
-    config = LlamaConfig(hidden_size=32, num_attention_heads=HQ, num_key_value_heads=HKV, head_dim=D, num_hidden_layers=1)
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    made = pruned_class(LlamaAttention)(LlamaAttention(config, 0), Widths(PAIRS, VALUE)).eval()
-    for p in made.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    made.pairs = torch.stack([torch.randperm(D // 2)[:PAIRS].sort().values for _ in range(HKV)])
-    return made.requires_grad_(False)
+    return drawn_attention(HQ, HKV, D, Widths(PAIRS, VALUE))
 
 
 def run(module, tokens=(6, 1, 1), more=None, cache=True):

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rap_cases import drawn_attention
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
-from transformers import DynamicCache, LlamaConfig, StaticCache
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers import DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rotatek_compile.rap_plan import Widths
 from rotatek_compile.runtime import rap_kernels, rap_prefill
-from rotatek_compile.runtime.rap_attention import pruned_class
 
 D, HQ, HKV, PAIRS, VALUE, B, S = 32, 4, 2, 8, 24, 2, 6
 NARROW, WIDE = (2 * PAIRS, VALUE), (VALUE, VALUE)
@@ -23,14 +23,7 @@ sdpa = functional.scaled_dot_product_attention
 @pytest.fixture(scope="module")
 def module():
     """A pruned attention module with random weights, Values wider than Keys."""
-    config = LlamaConfig(hidden_size=32, num_attention_heads=HQ, num_key_value_heads=HKV, head_dim=D, num_hidden_layers=1)
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    made = pruned_class(LlamaAttention)(LlamaAttention(config, 0), Widths(PAIRS, VALUE)).eval()
-    for p in made.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    made.pairs = torch.stack([torch.randperm(D // 2)[:PAIRS].sort().values for _ in range(HKV)])
-    return made.requires_grad_(False)
+    return drawn_attention(HQ, HKV, D, Widths(PAIRS, VALUE))
 
 
 @pytest.fixture
