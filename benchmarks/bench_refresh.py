@@ -20,6 +20,7 @@ Several pages, or conversations, are read as one batch, and processes share the 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -145,21 +146,25 @@ def measure(args: argparse.Namespace) -> list[Values]:
     if args.kv_budget:
         artifact = replanned(artifact, kv_budget=args.kv_budget)
     data = opened(args.data, args.seed)
-    places = list(usable(data, args.samples + 1))
+    places = [place for place in usable(data, args.samples + 1) if len(data.sample(place).images) == 1]
+    if len(places) < 2:
+        raise UsageError("the conversation takes two documents of one page each; pass a larger --samples")
     model, processor = load_base(artifact, model=args.model, dtype=args.dtype, device=args.device)
     eos, config = end_ids(model), model.config.get_text_config(decoder=True)
-    items = Documents(data, places, processor, artifact.geometry, eos[0], rope_index(model))
-    single = [item for item in items if len(item.sample.images) == 1]
-    if len(single) < 2:
-        raise UsageError("the conversation takes two documents of one page each; pass a larger --samples")
+    single = Documents(data, places, processor, artifact.geometry, eos[0], rope_index(model))  # encoded when they are read
     record = record_of(base_source(artifact, args.model), args.data, input_device(model), model.dtype)
     record |= {"tokens": args.tokens, "kv_budget": artifact.method.kv_budget or ""}
     avoid = (*artifact.geometry.visual_token_ids, *eos)
 
+    @functools.cache
+    def asked() -> list[list[int]]:
+        """Question and answer of every document."""
+        return [[*question(item), *item.answer[:-1]] for item in single]
+
     def texts_of(part: str, numbers: range) -> list[list[int]]:
         """A text for each of these pages."""
         if part == "questions":
-            return [words_of(single, args.tokens, n + 1) for n in numbers]
+            return [words_of(asked(), args.tokens, n + 1) for n in numbers]
         if part == "random":
             return [random_tokens(args.tokens, config.vocab_size, avoid, (args.seed, n)) for n in numbers]
         pages = [single[n] for n in numbers]
@@ -180,7 +185,7 @@ def measure(args: argparse.Namespace) -> list[Values]:
         def read(part: str, numbers: range) -> Found:
             if part == "conversation":
                 pairs = [(single[2 * n], single[2 * n + 1]) for n in numbers]
-                return conversations(model, pairs, words_of(single, args.between), caches())
+                return conversations(model, pairs, words_of(asked(), args.between), caches())
             return long_texts(model, [single[n] for n in numbers], texts_of(part, numbers), caches())
 
         return [_part(part, read, len(single) // 2 if part == "conversation" else len(single), record, args) for part in args.part]

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_tokens.py artifact --output tokens          # the bundled model: hours on a CPU, minutes on a GPU
     python benchmarks/bench_tokens.py artifact --output tokens --resume # goes on with a killed one
-    python benchmarks/bench_tokens.py --print tokens/tokens.csv other/tokens.csv
+    python benchmarks/bench_tokens.py --print tokens/tokens.csv other/tokens.csv          # with --brief only exact match
 
 Every row holds to its budget, a share of the dense bytes of all image tokens that were read, the tables of kept tokens included:
 
@@ -139,10 +139,8 @@ def markdown(rows: Rows) -> str:
     parts = []
     for model, ask in dict.fromkeys((row["model"], row["ask"]) for row in rows):
         own = [row for row in rows if (row["model"], row["ask"]) == (model, ask)]
-        dense = next(row for row in own if row["kind"] == "dense")
         parts.append(
-            f"{model}, {dense['documents']} documents of {dense['data']}, question asked {ask} "
-            f"{'compression' if ask == 'after' else 'it'}, {versions(dense)}; dense exact match {float(dense['exact_match']):.3f}\n\n"
+            f"{_heading(own)}\n\n"
             "| budget | kept | tokens | coded span | exact match | KL per token | over tokens alone | claim |\n"
             "|---|---|---|---|---|---|---|---|"
         )
@@ -159,13 +157,49 @@ def markdown(rows: Rows) -> str:
                 f"{float(row['kl']):.1e} [{float(row['kl_low']):.1e}, {float(row['kl_high']):.1e}] | {over} | {row.get('claim') or '-'} |"
             )
         parts.append("")
-    claims = [row["claim"] for row in rows if row.get("claim")]
-    if claims:
-        parts.append(
-            f"Joint is {BETTER:.2g} better or more, interval above 0, in {claims.count('holds')} of {len(claims)} comparisons where tokens "
-            f"alone have lost {LOST:.1g} or more; {claims.count('within noise')} are better within noise."
-        )
+    return "\n".join([*parts, *claims(rows)])
+
+
+def brief(rows: Rows) -> str:
+    """One table per model and mode of exact match alone: a line for each budget, joint rows by their share of the tokens."""
+    parts = []
+    for model, ask in dict.fromkeys((row["model"], row["ask"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["ask"]) == (model, ask)]
+        exact = {_setting(row): f"{float(row['exact_match']):.3f}" for row in own}
+        joints = [row for row in own if row["kind"] == "joint"]
+        scores, ratios = (list(dict.fromkeys(row[name] for row in joints)) for name in ("token_method", "token_ratio"))
+        columns = [f"{score} alone / {' / '.join(ratios)}" for score in scores]
+        lines = [_heading(own), "", f"| budget | channels alone | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+        for budget in sorted({row["budget"] for row in own if row["kind"] == "channels"}, key=float, reverse=True):
+            cells = []
+            for score in scores:
+                kept = [("tokens", score, budget, budget), *(("joint", score, ratio, budget) for ratio in ratios)]
+                cells.append(" / ".join(exact.get(one, "-") for one in kept))
+            lines.append(f"| {float(budget):.4g} | {exact['channels', '', '1', budget]} | {' | '.join(cells)} |")
+        parts += [*lines, "", *(f"{said}\n" for said in claims(own))]
     return "\n".join(parts)
+
+
+def claims(rows: Rows) -> list[str]:
+    """What the comparisons of joint rows with tokens alone come to, in a sentence; nothing where there are none."""
+    found = [row["claim"] for row in rows if row.get("claim")]
+    said = (
+        f"Joint is {BETTER:.2g} better or more, interval above 0, in {found.count('holds')} of {len(found)} comparisons where tokens "
+        f"alone have lost {LOST:.1g} or more; {found.count('within noise')} are better within noise."
+    )
+    return [said] if found else []
+
+
+def _setting(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    return row["kind"], row["token_method"], row["token_ratio"], row["budget"]
+
+
+def _heading(rows: Rows) -> str:
+    """Of the rows of one model and mode: what was measured on."""
+    dense = next(row for row in rows if row["kind"] == "dense")
+    when = f"question asked {dense['ask']} {'compression' if dense['ask'] == 'after' else 'it'}"
+    exact = f"dense exact match {float(dense['exact_match']):.3f}"
+    return f"{dense['model']}, {dense['documents']} documents of {dense['data']}, {when}, {versions(dense)}; {exact}"
 
 
 def main() -> int:
@@ -177,6 +211,7 @@ def main() -> int:
         "--shard", default="1/1", metavar="I/N", help="each N-th batch from the I-th; --resume without it puts all together"
     )
     parser.add_argument("--print", type=Path, dest="tables", metavar="FILE", nargs="+", help="only print these tables")
+    parser.add_argument("--brief", action="store_true", help="with --print: exact match only, a line for each budget")
     parser.add_argument("--num-samples", type=int, default=500)
     parser.add_argument("--ask", action="append", choices=ASK)
     parser.add_argument("--budget", type=float, action="append", help="of tokens alone, and of the rest without --joint-budget; may repeat")
@@ -187,7 +222,7 @@ def main() -> int:
     add_run_options(parser)
     args = parser.parse_args()
     if args.tables:
-        print(markdown([row for file in args.tables for row in read_csv(file)]))
+        print((brief if args.brief else markdown)([row for file in args.tables for row in read_csv(file)]))
         return 0
     if args.artifact is None or args.output is None:
         raise UsageError("name an artifact and --output FOLDER, or tables with --print")

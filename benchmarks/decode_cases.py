@@ -139,8 +139,7 @@ def make_layer(case: Case, key: Side, value: Side, seed: int) -> Layer:
         scales=torch.cat([torch.empty(0), *scales]).to(device, torch.bfloat16),
         means=rand(2 * kv_heads * DIM, dtype=torch.float32),
         own_means=rand(2 * count * DIM, dtype=torch.float16) / 8,
-        window_keys=rand(batch, kv_heads, WINDOW, DIM),
-        window_values=rand(batch, kv_heads, WINDOW, DIM),
+        windows=rand(2, batch, kv_heads, WINDOW, DIM),
         window_lengths=torch.full((batch,), WINDOW, dtype=torch.int32, device=device),
     )
     return Layer(view, rows, rand(batch, case.query_heads, 1, DIM), rand(batch, kv_heads, DIM), rand(batch, kv_heads, DIM))
@@ -157,7 +156,7 @@ def timed_shape_error(layer: Layer, append: bool = False, **options: object) -> 
     errors = []
     for row in (slice(0, 1), slice(-1, None)):
         cut = {"table": layer.view.table[row].cpu(), "window_lengths": layer.view.window_lengths[row]}
-        view = replace(layer.view, **cut, window_keys=layer.view.window_keys[row], window_values=layer.view.window_values[row])
+        view = replace(layer.view, **cut, windows=layer.view.windows[:, row])
         expected = decode_attention_torch(layer.query[row].double(), view, SCALING)
         errors.append(relative_error(out[row], expected))
     return max(errors)

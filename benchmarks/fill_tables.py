@@ -58,6 +58,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
             found[page, f"proof-{model}"] = [["print_suite.py", f"proof-{model}.csv", "--versus"], ["print_suite.py", f"proof-{model}.csv"]]
     found["docs/rivals.md", "palu"] = [["print_suite.py", file] for file in measured("palu-{}.csv")]
     found["docs/rivals.md", "evidence"] = [["print_suite.py", file, "--versus"] for file in measured("evidence-{}.csv")]
+    found["docs/rivals.md", "tokens"] = [["bench_tokens.py", "--brief", "--print", "bench_tokens.csv"]]
     found["docs/codec.md", "encode"] = [["bench_encode.py", "--print", "encode.json"]]
     more = [
         ("decode-rates", "--rates"),

@@ -77,10 +77,9 @@ def question(item: Encoded) -> list[int]:
     return item.prompt[item.visual_end :]
 
 
-def words_of(items: Sequence[Encoded], tokens: int, first: int = 0) -> list[int]:
-    """Questions and answers of documents one after the other, from the `first` document on, as often as it takes."""
-    turned = [items[(first + n) % len(items)] for n in range(len(items))]
-    words = [token for item in turned for token in (*question(item), *item.answer[:-1])]
+def words_of(texts: Sequence[list[int]], tokens: int, first: int = 0) -> list[int]:
+    """Texts one after the other, from the `first` on, as often as it takes."""
+    words = [token for n in range(len(texts)) for token in texts[(first + n) % len(texts)]]
     return (words * (tokens // len(words) + 1))[:tokens]
 
 

@@ -140,15 +140,14 @@ def supported(q: Tensor, view: CacheView) -> str | None:
         return f"{new} new tokens times {query_heads // heads} heads per group exceed {MAX_CODED_ROWS} rows over 8- and 4-bit codes"
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype} is not one of {DTYPES}"
-    if any(x.dtype != q.dtype for x in (view.bases, view.own_bases, view.window_keys, view.window_values)):
+    if any(x.dtype != q.dtype for x in (view.bases, view.own_bases, view.windows)):
         return f"queries are {q.dtype}, the cache is {view.dtype}"
     if q.dtype is torch.float32 and dim > 128:
         return f"head_dim {dim} in float32 needs more shared memory than a multiprocessor has"
     if view.table.device != q.device or not view.table.is_contiguous():
         return f"the table must be contiguous on {q.device}"
-    strides = view.window_keys.stride()
-    if strides != view.window_values.stride() or strides[2:] != (dim, 1):
-        return f"the window's strides {strides} and {view.window_values.stride()} are not equal with the last two contiguous"
+    if view.windows.stride()[3:] != (dim, 1):
+        return f"the windows' strides {view.windows.stride()} are not contiguous in the last two dimensions"
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -171,7 +170,7 @@ def decode_attention(
 
     Args:
         q: `[B, Hq, T, D]` after RoPE, not rotated, any strides with the last 1; its tokens count in `window_lengths` already.
-        view: the layer's cache, with `splits`; `window_keys` and `window_values` have equal strides, contiguous in the last two dimensions.
+        view: the layer's cache, with `splits`; `windows` are contiguous in the last two dimensions.
         scaling: factor of the logits.
         new: Keys and Values `[B, Hkv, T, D]` of q's tokens, which the kernel writes to the end of the window; without them
             they are there already. They cost no launch of their own.
@@ -217,10 +216,10 @@ def decode_attention(
     if splits:
         kernels.split_kernel[(splits,)](
             q, plan.records, view.table, view.codes, view.bases, view.own_bases, view.scales, view.means, view.own_means,
-            view.window_keys, view.window_values, view.window_lengths, new_keys, new_values,
+            *view.windows.unbind(), view.window_lengths, new_keys, new_values,
             part_m, part_l, part_acc,
             scaling * math.log2(math.e),
-            q.stride(0), q.stride(1), q.stride(2), view.window_keys.stride(0), view.window_keys.stride(1),
+            q.stride(0), q.stride(1), q.stride(2), *view.windows.stride()[1:3],
             *new_keys.stride()[:3], *new_values.stride()[:3],
             HEADS=heads, G=group, T=count, D=dim, DP=_power_of_two(dim), M=max(16, apart_rows), APART_M=apart_rows, **constants,
             BLOCK_N=tiles.block_n, STAGES=tiles.stages, DENSE_BLOCK_N=tiles.dense_block_n, DENSE_STAGES=tiles.dense_stages,

@@ -29,13 +29,13 @@ def decode(q: Tensor, view: CacheView, scaling: float, new_keys: Tensor, new_val
     assert plan is not None
     out: Tensor = decode_attention(
         q, new_keys, new_values, scaling, view.table, view.codes, view.bases, view.own_bases, view.scales, view.means, view.own_means,
-        view.window_keys, view.window_values, view.window_lengths, plan.records, plan.ranges, plan.max_splits,
+        view.windows, view.window_lengths, plan.records, plan.ranges, plan.max_splits,
         list(plan.key_widths), list(plan.value_widths), [number for number, pair in enumerate(PAIRS) if pair in plan.pairs],
     )  # fmt: skip
     return out
 
 
-@torch.library.custom_op("rotatek::decode_attention", mutates_args=("window_keys", "window_values"))
+@torch.library.custom_op("rotatek::decode_attention", mutates_args=("windows",))
 def decode_attention(
     q: Tensor,
     new_keys: Tensor,
@@ -48,8 +48,7 @@ def decode_attention(
     scales: Tensor,
     means: Tensor,
     own_means: Tensor,
-    window_keys: Tensor,
-    window_values: Tensor,
+    windows: Tensor,
     window_lengths: Tensor,
     records: Tensor,
     ranges: Tensor,
@@ -64,7 +63,7 @@ def decode_attention(
 
     held = frozenset(PAIRS[number] for number in pairs)
     plan = SplitPlan(records, ranges, max_splits, Slabs(*key_widths), Slabs(*value_widths), held)
-    view = CacheView(table, codes, bases, own_bases, scales, means, own_means, window_keys, window_values, window_lengths, plan)
+    view = CacheView(table, codes, bases, own_bases, scales, means, own_means, windows, window_lengths, plan)
     reason = kernels.supported(q, view)
     if reason is None:
         return kernels.decode_attention(q, view, scaling, new=(new_keys, new_values))

@@ -93,7 +93,8 @@ class CacheView:
         own_bases: the same for a BASIS below `NONE`, at `own_basis(BASIS) + d * STRIDE + r`.
         scales: flat bf16: those of a side's 8-bit directions and then of its 4-bit ones start at SCALES.
         means: flat fp32: shared means `[D]`. own_means: flat fp16: what a segment's mean is beyond the shared one.
-        window_keys, window_values: `[B, Hkv, C, D]`, compute dtype, raw, the newest tokens included; slack may hold anything.
+        windows: `[2, B, Hkv, C, D]`, Keys and Values, compute dtype, raw, the newest tokens included; slack may hold anything. One tensor:
+            what writes two that share their memory is compiled wrongly by torch 2.11 (`decode_ops`).
         window_lengths: int32 `[B]`, valid window tokens, the newest included.
         splits: the work list for the Triton kernel; the torch twin ignores it.
     """
@@ -105,27 +106,36 @@ class CacheView:
     scales: Tensor
     means: Tensor
     own_means: Tensor
-    window_keys: Tensor
-    window_values: Tensor
+    windows: Tensor
     window_lengths: Tensor
     splits: SplitPlan | None = None
 
     @property
+    def window_keys(self) -> Tensor:
+        """`[B, Hkv, C, D]`"""
+        return self.windows[0]
+
+    @property
+    def window_values(self) -> Tensor:
+        """`[B, Hkv, C, D]`"""
+        return self.windows[1]
+
+    @property
     def batch_size(self) -> int:
-        return self.window_keys.shape[0]
+        return self.windows.shape[1]
 
     @property
     def num_kv_heads(self) -> int:
-        return self.window_keys.shape[1]
+        return self.windows.shape[2]
 
     @property
     def head_dim(self) -> int:
-        return self.window_keys.shape[3]
+        return self.windows.shape[4]
 
     @property
     def dtype(self) -> torch.dtype:
         """Of native numbers: the compute dtype."""
-        return self.window_keys.dtype
+        return self.windows.dtype
 
 
 def programs_for(table: Tensor, multiprocessors: int, tuning: Tuning = H100) -> int:

@@ -100,7 +100,7 @@ def _layer_bytes(layer: RotateKLayer, tokens: int | None) -> CacheBytes:
     basis = store.own_bases.numel() * size
     span = coded + storage_bytes([store.scales, store.own_means]) + basis + (rival.bytes() if rival is not None else 0)
     span += storage_bytes(layer.blocks.tensors()) if layer.blocks is not None else 0
-    window_numbers = parts["window_keys"].numel() + parts["window_values"].numel()
+    window_numbers = parts["windows"].numel()
     window = window_numbers * size + raw
     tables = storage_bytes([parts[k] for k in ("window_lengths", "table", "splits", "ranges") if k in parts])
     slack = coded_slack + raw_slack + (window_numbers - store.window.used_elements()) * size

@@ -303,7 +303,7 @@ class Store:
         """A snapshot for the backends; `splits` adds the Triton work list."""
         window = self.window
         # torch.compile reads no addresses; a step is compiled over a view that stands (`DecodeGraphs`)
-        stands = torch.compiler.is_compiling() or (self._view is not None and self._view.window_keys.data_ptr() == window.keys.data_ptr())
+        stands = torch.compiler.is_compiling() or (self._view is not None and self._view.windows.data_ptr() == window.buffer.data_ptr())
         if self._view is None or not stands or (splits and self._view.splits is None):
             host = torch.from_numpy(np.ascontiguousarray(self.table))
             if self.table_on_device is None:
@@ -330,8 +330,7 @@ class Store:
                 scales=self.scales,
                 means=self.prepared.means,
                 own_means=self.own_means,
-                window_keys=window.keys,
-                window_values=window.values,
+                windows=window.buffer,
                 window_lengths=window.lengths,
                 splits=plan,
             )
@@ -340,7 +339,7 @@ class Store:
     @property
     def structure(self) -> int | None:
         """Stays the same while `view` does: tables, pools and the window lie where they did. None where the next view will be new."""
-        return self._views if self._view is not None and self._view.window_keys.data_ptr() == self.window.keys.data_ptr() else None
+        return self._views if self._view is not None and self._view.windows.data_ptr() == self.window.buffer.data_ptr() else None
 
     def reserve(self, tokens: int, lengths: Tensor) -> None:
         """Make room for so many more tokens of text, and count them in `lengths` int32 [B] from now on."""
@@ -356,8 +355,7 @@ class Store:
             "scales": self.scales,
             "own_means": self.own_means,
             "own_bases": self.own_bases,
-            "window_keys": self.window.keys,
-            "window_values": self.window.values,
+            "windows": self.window.buffer,
             "window_lengths": self.window.lengths,
         }
         if self.table_on_device is not None:

@@ -41,8 +41,8 @@ def test_pages_and_text_become_one_sequence():
 def test_divergence_and_texts():
     exact, got = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).double().log(), torch.tensor([[0.5, 0.5], [0.1, 0.9]]).double().log()
     assert refresh.divergence(exact, got).tolist() == pytest.approx([0, 0.8 * np.log(9)])
-    assert words_of([encoded([5, 1, 2], 1), encoded([5, 3], 1)], 5) == [1, 2, 3, 1, 2]
-    assert words_of([encoded([5, 1, 2], 1), encoded([5, 3], 1)], 4, first=1) == [3, 1, 2, 3]
+    assert words_of([[1, 2], [3]], 5) == [1, 2, 3, 1, 2]
+    assert words_of([[1, 2], [3]], 4, first=1) == [3, 1, 2, 3]
     drawn = random_tokens(40, 20, (5, 9), 0)
     assert len(drawn) == 40 and not {5, 9} & set(drawn) and max(drawn) < 20
     assert random_tokens(9, 20, (), (0, 1)) != random_tokens(9, 20, (), (0, 2))
@@ -82,7 +82,8 @@ def read(tiny, documents, make_artifact):
 
     def run(at_once, ranks=((8, 24), (0, 16), (8, 8)), length=200):
         single = [documents[n] for n in (0, 2, 3, 4)]
-        text = [words_of(single, length, n) for n in range(2)]
+        asked = [[*question(item), *item.answer[:-1]] for item in single]
+        text = [words_of(asked, length, n) for n in range(2)]
         pairs = [(single[0], single[1]), (single[2], single[3])]
         found = [[], []]
         with enable(tiny, make_artifact([list(own) for own in ranks]), backend="torch") as active:

@@ -45,3 +45,6 @@ def test_rows_and_the_claim():
     assert float(by["channels", ""]["share"]) == 0.25 and float(by["tokens", "fastv"]["lost"]) == 0.5
     text = bench.markdown(rows)
     assert "in 1 of 2 comparisons" in text and "| 0.25 | fastv and channels | 0.5 | 0.2500 | 0.900" in text
+    short = bench.brief([{name: str(value) for name, value in r.items()} for r in rows])
+    assert "| budget | channels alone | fastv alone / 0.5 | snapkv alone / 0.5 | divprune alone / 0.5 |" in short
+    assert "| 0.25 | 1.000 | 0.500 / 0.900 | 0.800 / 0.800 | 0.900 / 1.000 |" in short and "in 1 of 2 comparisons" in short

@@ -61,7 +61,7 @@ def test_copies_lie_elsewhere_and_hold_the_same():
     layer = decode_cases.make_layer(Case(1, 256), Slabs(0, 32), Slabs(0, 128), seed=2).planned(8)
     copy = layer.copy()
     assert copy.view.splits is layer.view.splits
-    for name in ("codes", "scales", "own_means", "window_keys"):
+    for name in ("codes", "scales", "own_means", "windows"):
         mine, its = getattr(layer.view, name), getattr(copy.view, name)
         assert torch.equal(mine, its) and mine.data_ptr() != its.data_ptr()
     assert torch.equal(*(decode_attention_torch(x.query, x.view, SCALING) for x in (layer, copy)))

@@ -175,8 +175,7 @@ def random_cache(
     view = CacheView(
         table=rows.to(device),
         **{name: pools.flat(name) for name in pools.parts},
-        window_keys=window[0],
-        window_values=window[1],
+        windows=window,
         window_lengths=torch.tensor(windows, dtype=torch.int32, device=device),
         splits=plan,
     )

@@ -1,12 +1,13 @@
 """The torch operator around decode attention: what torch asks of one, and the same numbers as a plain call."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 
 from kernel_caches import EMPTY, Coded, Segment, random_cache
-from rotatek_compile.kernels import decode_ops
+from rotatek_compile.kernels import decode_ops, decode_torch
 from rotatek_compile.kernels.decode_torch import decode_attention_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:decoding with the torch backend")
@@ -37,21 +38,34 @@ def arguments(view, q, keys, values):
 def test_the_operator_is_the_plain_call(new):
     """New tokens are written, then attended; the plan that the operator rebuilds is the view's."""
     view, q, keys, values = case(new, poison=True)
-    expected_view = dataclasses.replace(view, window_keys=view.window_keys.clone(), window_values=view.window_values.clone())
+    expected_view = dataclasses.replace(view, windows=view.windows.clone())
     for row, length in enumerate(view.window_lengths.tolist()):
         expected_view.window_keys[row, :, length - new : length] = keys[row]
         expected_view.window_values[row, :, length - new : length] = values[row]
     found = decode_ops.decode(q, view, 0.125, keys, values)
-    assert torch.equal(view.window_keys.nan_to_num(9), expected_view.window_keys.nan_to_num(9))
-    assert torch.equal(view.window_values.nan_to_num(9), expected_view.window_values.nan_to_num(9))
+    assert torch.equal(view.windows.nan_to_num(9), expected_view.windows.nan_to_num(9))
     assert torch.allclose(found, decode_attention_torch(q, expected_view, 0.125), atol=1e-6) and found.is_contiguous()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_by_inductor(monkeypatch):
+    """The same numbers as the plain call, with the windows written where they lie: a compiled copy of them was wrong once (torch 2.11)."""
+    view, q, keys, values = case(poison=True)
+    before = view.windows.clone()
+    expected, after = decode_ops.decode(q, view, 0.125, keys, values), view.windows.clone()
+    view.windows.copy_(before)
+    at, append = [], decode_torch.append_newest
+    monkeypatch.setattr(decode_torch, "append_newest", lambda view, *new: (at.append(view.windows.data_ptr()), append(view, *new)))
+    step = torch.compile(lambda q: decode_ops.decode(2 * q, view, 0.125, keys, values) + 1, fullgraph=True)
+    assert torch.allclose(step(q / 2), expected + 1, atol=1e-6)
+    assert torch.equal(view.windows.nan_to_num(9), after.nan_to_num(9)) and at == [view.windows.data_ptr()]
 
 
 def test_what_a_plan_becomes():
     args = arguments(*case())
     view = case()[0]
-    assert args[16:] == (view.splits.max_splits, [16, 16, 16], [0, 0, 32], [0, 1, 3])
-    assert {decode_ops.PAIRS[number] for number in args[19]} == view.splits.pairs
+    assert args[15:] == (view.splits.max_splits, [16, 16, 16], [0, 0, 32], [0, 1, 3])
+    assert {decode_ops.PAIRS[number] for number in args[18]} == view.splits.pairs
     assert decode_ops.PAIRS[1] == (False, True)  # coded Keys, raw Values
 
 
