@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 from .batches import Encoded, RopeIndex, encode
+from .calibration_data.errors import EndOfData
 from .calibration_data.registry import DataSource
-from .errors import RotateKError
+from .calibration_data.sample import Sample
+from .errors import RotateKError, UsageError
 from .geometry import Geometry
 
 
@@ -27,6 +29,22 @@ def usable(data: DataSource, count: int, text_only: bool = False) -> dict[int, s
     if not found:
         raise RotateKError(f"{data.name} has no usable sample: each needs at least one image and one answer")
     return found
+
+
+def document(data: DataSource, number: int) -> Sample:
+    """One sample, by its place from 0.
+
+    Raises:
+        UsageError: there are fewer.
+        DataError: an image or row that cannot be read.
+    """
+    try:
+        if data.size is None or number < data.size:
+            return data.sample(number)
+    except EndOfData:
+        pass
+    held = f"{data.size} documents" if data.size is not None else "fewer documents"
+    raise UsageError(f"--sample {number} is out of range: {data.name} has {held}, and the first is 0")
 
 
 class Documents(Sequence[Encoded]):

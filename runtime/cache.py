@@ -154,8 +154,9 @@ class RotateKCache(Cache):
             fallback_heads: (sequence, head, segment) triples whose Keys or Values kept more than planned.
             refreshes: how often the text of a sequence left the coordinates that it had been written in, over all layers; each takes a mean
             and scales beyond a KV budget.
-            angle, calibrated_angle: degrees between the Keys and the directions that the plan keeps, in the median head, here and on the
-            calibration data; None where nothing is rotated.
+            angle, calibrated_angle: degrees between the Keys and the directions that the plan keeps, here and on the calibration data; None
+            where nothing is rotated. Here each head counts with its worst segment of its worst sequence, coded text included, so the figure
+            can only grow while a cache goes on; then the median is taken over heads.
             deviation, usual_deviation: how unlike the calibration documents the most unlike image is, and how much is usual among them, in
             standard deviations (usual.py); None for short images and artifacts of few documents. unlike_calibration: whether that was, or
             for such artifacts the angle is, enough for a warning.

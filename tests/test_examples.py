@@ -72,6 +72,10 @@ def test_readme(command, cli, here, server, make, parse_script, caches, monkeypa
         assert said["text"] == said["dense"]["text"] == sample.answers[0]
         assert said["kv_bytes"] < said["dense"]["kv_bytes"]
 
+    def sampled(example):
+        said = command(example)
+        assert said["text"] == said["dense"]["text"] == said["document"]["answers"][0] == sample.answers[0]
+
     def video(example):
         """This model takes none, which it says; a folder of frames for one that does, as far as its packages are here."""
         Path("clip.mp4").mkdir()
@@ -144,6 +148,7 @@ def test_readme(command, cli, here, server, make, parse_script, caches, monkeypa
     special = {
         "make demo": demo,
         "pip install -e .": install,
+        "rotatek-run artifact --data mixed --sample 4 --compare-dense": sampled,
         'rotatek-run artifact --image page1.png --image page2.png --prompt "What is the total?" --compare-dense': answer,
         'rotatek-run artifact --video clip.mp4 --prompt "What happens?"': video,
         "rotatek-eval artifact --data mixed --suite rivals --quick --output results": suite,

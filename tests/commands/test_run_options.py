@@ -28,6 +28,25 @@ def test_another_budget(cli, compiled, page):
     assert ran["--kv-budget", 0.125]["kv_bytes"] < ran["--keep-ratio", 0.25]["kv_bytes"] < full["kv_bytes"]
 
 
+def test_a_document_of_a_data_set(cli, compiled, data_file, page):
+    """Its pages and its question, as if they were named; what the data set takes for right stands beside the answer."""
+    rest = ("--max-new-tokens", 5, "--device", "cpu", "--no-fallback")
+    ended = cli("run", compiled, "--data", data_file, "--sample", 1, *rest, "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    row = json.loads(data_file.read_text().splitlines()[1])
+    assert found["document"]["question"] == row["question"] and "/1-" in found["document"]["id"]
+    pages = [word for name in row["images"] for word in ("--image", page.parent / name)]
+    same = cli("run", compiled, *pages, "--prompt", row["question"], *rest, "--json")
+    assert found["text"] == json.loads(same.out)["text"]
+    shown = cli("run", compiled, "--data", data_file, *rest)
+    first = json.loads(data_file.read_text().splitlines()[0])
+    assert first["question"] in shown.out.splitlines()[0] and shown.out.splitlines()[-1] == f"right: {' or '.join(first['answers'])}"
+    other = cli("run", compiled, "--data", data_file, "--prompt", "Why?", *rest)
+    assert other.out.splitlines()[0].endswith(": Why?") and "right:" not in other.out
+    assert "--sample 99 is out of range" in cli("run", compiled, "--data", data_file, "--sample", 99, *rest).sentence(2)
+
+
 @pytest.mark.parametrize(
     ("options", "words", "code"),
     [
