@@ -52,10 +52,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         if page and (HERE / "results" / name).exists():
             known = [file for file in measured("proof-{}.csv")[:1] if marker == "rival-speed"]
             found[page, marker] = [[script, "--print", name, *(word for file in known for word in ("--results", file))]]
-    for model in MODELS:
-        page = placed(f"proof-{model}")
-        if page and (HERE / "results" / f"proof-{model}.csv").exists():
-            found[page, f"proof-{model}"] = [["print_suite.py", f"proof-{model}.csv", "--versus"], ["print_suite.py", f"proof-{model}.csv"]]
+    found["docs/rivals.md", "proof"] = [["print_suite.py", file, "--versus"] for file in measured("proof-{}.csv")]
     found["docs/rivals.md", "palu"] = [["print_suite.py", file] for file in measured("palu-{}.csv")]
     found["docs/rivals.md", "evidence"] = [["print_suite.py", file, "--versus"] for file in measured("evidence-{}.csv")]
     found["docs/rivals.md", "tokens"] = [["bench_tokens.py", "--brief", "--print", "bench_tokens.csv"]]
