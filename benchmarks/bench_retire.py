@@ -7,7 +7,8 @@
 One layer with 32 query and 8 KV heads of 128 in bf16, an artifact with K 32x8, V 128x8. The cache is filled with pages; then every row's
 window holds so much text more than its size that a block leaves it. Columns, all for one layer:
 
-- attend_us: decode attention of one token in a CUDA graph, without the append; append_us: what the append in the launch adds.
+- attend_us: decode attention of one token in a CUDA graph, without the append; append_us: what the append in the launch adds; both from
+  the fastest of three turns.
 - block: tokens that leave at once: 64 in plain steps, up to 256 between two captured stretches.
 - retire_us: the wall time of leaving (encoding, moving, the pool, the new work list), all rows together, until the GPU is done;
   busy_us: of this what kernels and copies take on the GPU.

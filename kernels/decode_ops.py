@@ -3,6 +3,8 @@
 The operator writes the new tokens to the window and attends, by the Triton kernels where they serve the call and by the specification
 elsewhere. Its fake implementation says what comes out without running anything. Uncompiled calls do not come here: at small batches the
 host's time counts, and the dispatcher takes some of it.
+
+The windows of Keys and Values are one argument: inductor of torch 2.11 compiles wrongly what writes two that share their memory.
 """
 
 from __future__ import annotations

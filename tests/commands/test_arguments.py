@@ -58,7 +58,7 @@ def test_compile_names(cli, tmp_path, untouched, monkeypatch, arguments, words):
         ("run", ["--prompt", "What?", "--sample", 1], "--sample 1 says which document of --data"),
         ("run", ["--data", "mixed", "--sample", -1], "--sample -1 is out of range"),
         ("run", ["--data", "mixed", "--image", "page.png"], "--data brings its own pages"),
-        ("run", ["--data", "mixde"], "mixde"),
+        ("run", ["--data", "mixde"], "did you mean mixed?"),
         ("run", [], "there is no question; write one with --prompt"),
         ("run", ["--prompt", "\udcff"], "--prompt is not valid text"),
         ("run", ["--prompt", "What?", "--max-new-tokens", "0"], "--max-new-tokens 0 is out of range"),

@@ -100,7 +100,7 @@ def test_the_operator():
     expected = decode.decode_attention(q, cache.view, 0.1, new=(keys, values))
     assert torch.equal(decode_ops.decode(q, cache.view, 0.1, keys, values), expected)
     step = torch.compile(lambda q: decode_ops.decode(2 * q, cache.view, 0.1, keys, values) + 1, fullgraph=True)
-    assert torch.allclose(step(q / 2), expected + 1, rtol=1e-2, atol=1e-2)
+    assert torch.allclose(step(q / 2), expected + 1, atol=1e-2)
 
 
 @pytest.mark.parametrize("tiles", [None, decode.Config(32, 2, 32, 2)], ids=["apart", "together"])
