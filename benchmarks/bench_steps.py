@@ -14,6 +14,9 @@ Every cache is filled with random Keys and Values (nothing is prefilled; `step_c
   the new token but never grows, which is less than a real loop has to do.
 - *ours*: plain calls of the enabled model, captured in CUDA graphs; *eager*: the same without.
 
+With --liger norms, RoPE and the MLP's product are kernels of liger-kernel (0.8.5 was measured), for every cache alike; such rows are a
+model of their own.
+
 Rows are saved as they come, so a run may be cut at any moment; rows of the same model, point and cache are replaced, others kept. Bytes
 of a cache are those allocated at the end, room for further tokens included. Ratios are those of step_tables.py.
 """
@@ -28,6 +31,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +85,23 @@ def qwen3_vl_4b(small: bool) -> Any:
 
 
 MODELS: dict[str, Callable[[bool], Any]] = {"llava-next-mistral-7b": llava_next, "qwen3-vl-4b": qwen3_vl_4b}
+FUSED = {"llava-next-mistral-7b": ("mistral", "Mistral"), "qwen3-vl-4b": ("qwen3_vl", "Qwen3VLText")}  # modules, and how classes begin
+
+
+def fused(title: str) -> str:
+    """Every model of this kind that is made from now on in this process has liger-kernel's parts; returns what its rows are called."""
+    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
+
+    family, classes = FUSED[title]
+    modeling = import_module(f"transformers.models.{family}.modeling_{family}")
+    for name, part in {
+        "apply_rotary_pos_emb": liger_rotary_pos_emb,
+        f"{classes}RMSNorm": LigerRMSNorm,
+        f"{classes}MLP": LigerSwiGLUMLP,
+    }.items():
+        getattr(modeling, name)  # where a version of transformers calls it otherwise, nothing would be replaced
+        setattr(modeling, name, part)
+    return f"{title}, liger-kernel"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -188,19 +210,20 @@ class Saved:
 
 def measure_model(title: str, points: Any, plans: dict[str, Any], args: Any, saved: Saved, record: Row, began: float) -> None:
     """All rows of one model, which is gone from memory afterwards."""
+    name_of_rows = fused(title) if args.liger else title
     model = random_model(MODELS[title](args.small), torch.device("cuda" if torch.cuda.is_available() and not args.small else "cpu"))
-    record = record | {"model": title, "weights_gb": sum(p.nbytes for p in model.model.language_model.parameters()) / GB}
+    record = record | {"model": name_of_rows, "weights_gb": sum(p.nbytes for p in model.model.language_model.parameters()) / GB}
     for point in points:
         for name, tries in ways_at(model, point, plans, args):
             spent = time.perf_counter() - began
             if spent > args.seconds:
-                print(f"{title}, {point}, {name}: no time left", flush=True)
+                print(f"{name_of_rows}, {point}, {name}: no time left", flush=True)
                 continue
             row = row_of(point, name, tries)
             if row is not None:
                 saved.add(row | record)
                 took = time.perf_counter() - began - spent
-                print(f"{title}, {point}, {name}: B {row['batch']}, {row['ms']:.2f} ms ({took:.0f} s)", flush=True)
+                print(f"{name_of_rows}, {point}, {name}: B {row['batch']}, {row['ms']:.2f} ms ({took:.0f} s)", flush=True)
 
 
 def point_of(text: str) -> str:
@@ -219,11 +242,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--points", nargs="+", type=point_of, default=POINTS, help="batch x tokens; the batch may be full")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
+    parser.add_argument("--liger", action="store_true", help="models whose norms, RoPE and MLP are those of liger-kernel")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
     parser.add_argument("--compile-seconds", type=float, default=180, help="most for a row of --caches static")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
+    if args.liger and find_spec("liger_kernel") is None:
+        parser.error("--liger needs the package liger-kernel; install it, or leave --liger away")
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.small else "cpu")
     plans, points = (SMALL_PLANS, ("2x192", "fullx3072")) if args.small else (PLANS, args.points)

@@ -6,7 +6,7 @@ python benchmarks/print_decode.py --linear benchmarks/results/decode_linear.csv 
 python benchmarks/print_decode.py --small benchmarks/results/decode_small.csv
 python benchmarks/print_decode.py --baselines benchmarks/results/decode_baselines.csv
 python benchmarks/print_decode.py --steps benchmarks/results/steps.csv              # whole steps, of bench_steps.py
-python benchmarks/print_decode.py --reached benchmarks/results/steps.csv            # what these come to, in a sentence or two
+python benchmarks/print_decode.py --reached benchmarks/results/steps.csv            # what these come to, a line for each model
 """
 
 from __future__ import annotations

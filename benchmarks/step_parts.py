@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_full_size import random_model  # noqa: E402
-from bench_steps import MODELS, PLANS, SMALL_PLANS, free_bytes, point_of  # noqa: E402
+from bench_steps import MODELS, PLANS, SMALL_PLANS, free_bytes, fused, point_of  # noqa: E402
 from measuring import Rows, add_table_options, ended, show_table  # noqa: E402
 from step_loops import CODED_ROWS, WARM, Bench, now  # noqa: E402
 
@@ -43,7 +43,7 @@ PARTS = {  # the first whose pattern is in the name of a kernel (GPU) or operato
     "attention": r"split_kernel|sdpa|flash_fwd|fmha|cudnn|scaled_dot_product",
     "matrix products": r"gemm|gemv|nvjet|cutlass|xmma|splitkreduce|cublas|aten::(linear|matmul|mm|addmm|bmm|einsum)$",
     "copies by the driver": r"memcpy|memset",
-    "RoPE, norms, elementwise": r"at::native|elementwise|reduce_kernel|aten::",
+    "RoPE, norms, elementwise": r"at::native|elementwise|reduce_kernel|rms_norm|rope|swiglu|aten::",
 }
 Event = tuple[str, float, float]  # name, start and end in microseconds
 
@@ -130,9 +130,10 @@ def measured(options: argparse.Namespace) -> Rows:
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
     rows: Rows = []
     for title in options.models:
+        name = fused(title) if options.liger else title
         model = random_model(MODELS[title](options.small), device)
         for point in points:
-            rows += profiled(title, model, point, SMALL_PLANS if options.small else PLANS, options.steps)
+            rows += profiled(name, model, point, SMALL_PLANS if options.small else PLANS, options.steps)
         del model
         free_bytes(device)
     return [{name: f"{x:.5g}" if isinstance(x, float) else x for name, x in (row | record).items()} for row in rows]
@@ -166,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="small models and short caches on a CPU, to try the path")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--points", nargs="+", type=point_of, default=POINTS, help="batch x tokens")
+    parser.add_argument("--liger", action="store_true", help="as for bench_steps.py")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed before some are profiled")
     add_table_options(parser)
     show_table(parser.parse_args(arguments), measured, printed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -98,21 +97,22 @@ def targets(rows: list[Row]) -> list[str]:
 
 def reached(rows: list[Row]) -> list[str]:
     """What the README says of whole steps: captured rows of ours over the best dense one, at an equal batch and at the largest."""
-    words = []
+    lines = [
+        "| tokens per second over the best dense step (of what the bytes allow) | equal batches | largest batches that fit |",
+        "|---|---|---|",
+    ]
     for model, mine in by_model(rows):
         ours = [row for row in mine if "reached" in row and str(row["cache"]).endswith("captured")]
         full = [row for row in ours if str(row["point"]).startswith(FULL)]
         equal = [row for row in ours if row not in full]
-        said = [f"{ratios(equal)} at equal batches"] if equal else []
-        said += [f"{ratios(full)} with the largest batches that fit at T {span((int(row['tokens']) for row in full), 0)}"] if full else []
-        words.append(f"{model}: {', '.join(said)}.")
-    return textwrap.wrap(" ".join(words), 140)
+        at = f", T {span((int(row['tokens']) for row in full), 0)}" if full else ""
+        lines.append(f"| {model} | {ratios(equal)} | {ratios(full)}{at} |")
+    return lines
 
 
 def ratios(rows: list[Row]) -> str:
     """Tokens per second over those of the best dense row, and the share of what bytes allow."""
-    faster, share = (span((row[name] for row in rows), 2) for name in ("over_best_dense", "reached"))
-    return f"{faster} times the tokens per second of the best dense step ({share} of what the bytes allow)"
+    return "{} ({})".format(*(span((row[name] for row in rows), 2) for name in ("over_best_dense", "reached"))) if rows else ""
 
 
 def span(values: Iterable[float], digits: int) -> str:

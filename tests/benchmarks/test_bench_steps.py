@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+import types
 
 import bench_steps
 import pytest
@@ -16,6 +17,8 @@ from step_loops import Bench, NotCapturedError, TooLongError, at_most
 from step_tables import reached, steps_table
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from rotatek_compile.geometry import geometry_of
 from rotatek_compile.kernels.slabs import Slabs
@@ -203,6 +206,26 @@ def test_geometries(monkeypatch, capsys, tmp_path):
     assert out.endswith("\n".join(steps_table(rows)) + "\n") and "no time left" not in out
 
 
+def test_other_norms(monkeypatch, capsys):
+    """--liger replaces three names of a model's file, which models made afterwards look up; without the package a sentence says so."""
+    parts = {name: type(name, (), {}) for name in ("LigerRMSNorm", "LigerSwiGLUMLP", "liger_rotary_pos_emb")}
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", types.SimpleNamespace(**parts))
+    for title, (modeling, names) in {
+        "llava-next-mistral-7b": (modeling_mistral, ("MistralRMSNorm", "MistralMLP", "apply_rotary_pos_emb")),
+        "qwen3-vl-4b": (modeling_qwen3_vl, ("Qwen3VLTextRMSNorm", "Qwen3VLTextMLP", "apply_rotary_pos_emb")),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(modeling, name, getattr(modeling, name))
+        assert bench_steps.fused(title) == f"{title}, liger-kernel"
+        assert [getattr(modeling, name) for name in names] == list(parts.values())
+    monkeypatch.setattr(bench_steps, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["bench_steps.py", "--small", "--liger"])
+    with pytest.raises(SystemExit):
+        bench_steps.main()
+    assert "--liger needs the package liger-kernel" in capsys.readouterr().err
+
+
 ROW = {"device": "a GPU", "torch": "2", "transformers": "5", "model": "m", "weights_gb": "1", "copy_TBps": "2", "tokens": 64}
 DENSE_ROW = ROW | {"point": "2x64", "batch": 2, "cache": "dense, captured", "ms": "4", "tokens_per_second": "500", "cache_gb": "3"}
 OURS_ROW = DENSE_ROW | {"cache": "ours, captured", "ms": 2, "tokens_per_second": 1000, "cache_gb": "0.6"}
@@ -236,8 +259,7 @@ def test_what_steps_come_to():
     slower = OURS_ROW | {"cache": "ours b, captured", "tokens_per_second": 800}
     rows = [DENSE_ROW, OURS_ROW, slower, OURS_ROW | {"cache": "ours", "tokens_per_second": 100}, *FULL_ROWS]
     other = [one | {"model": "n"} for one in (DENSE_ROW, OURS_ROW)]
-    assert " ".join(reached([*rows, *other])) == (
-        "m: 1.60 to 2.00 times the tokens per second of the best dense step (0.64 to 0.80 of what the bytes allow) at equal batches, "
-        "10.00 times the tokens per second of the best dense step (2.00 of what the bytes allow) with the largest batches that fit at T 64."
-        " n: 2.00 times the tokens per second of the best dense step (0.80 of what the bytes allow) at equal batches."
-    )
+    assert reached([*rows, *other])[2:] == [
+        "| m | 1.60 to 2.00 (0.64 to 0.80) | 10.00 (2.00), T 64 |",
+        "| n | 2.00 (0.80) |  |",
+    ]

@@ -245,7 +245,7 @@ def test_flex_attention_over_thin_keys(on_the_cpu, append):
 def test_baselines_that_do_not_run_are_named():
     assert "power of two" in decode_baselines.missing("flex", Case(1, 64, 28, 4))
     assert decode_baselines.missing("flex", Case(1, 64)) is None
-    assert "flashinfer-python" in decode_baselines.missing("flashinfer", Case(1, 64))
+    assert "flashinfer-python" in decode_baselines.missing("flashinfer-fa2", Case(1, 64))
 
 
 @pytest.mark.parametrize(
