@@ -64,6 +64,8 @@ class PaluCoder(RivalCoder):
     ranks: Mapping[Place, int] = field(repr=False)
     factors: Factors | None = field(repr=False)
     bits: int | None = None
+    bases: dict[tuple[Place, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """As they are used, once made: every segment is rebuilt at every step."""
 
     def code(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> CodedSegment:
         """Raises UsageError: Keys after RoPE are not what is coded."""
@@ -111,9 +113,11 @@ class PaluCoder(RivalCoder):
         """U [g·D, r] of a group, with the Hadamard rotation folded in where latents are coded."""
         if self.factors is None:
             raise missing(self.name)
-        rank = self.ranks[layer, side, number]
-        basis = self.factors.directions[layer, side, number][:, :rank].to(device)
-        return basis if self.bits is None else spread(basis)
+        place = layer, side, number
+        if (place, device) not in self.bases:
+            basis = self.factors.directions[place][:, : self.ranks[place]].to(device)
+            self.bases[place, device] = basis if self.bits is None else spread(basis)
+        return self.bases[place, device]
 
 
 def _rebuild(parts: Mapping[str, Tensor], tokens: int, coder: PaluCoder, layer: int, turning: Turning) -> tuple[Tensor, Tensor]:
