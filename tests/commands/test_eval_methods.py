@@ -220,6 +220,20 @@ def test_another_calibration_must_be_of_the_same_model(cli, measured, unmeasured
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("basis", "pca"), ("window", 64), ("kv_budget", 0.5), ("allocation", "uniform"), ("key_bits", "8"), ("value_bits", "4")],
+)
+def test_another_calibration_must_have_the_same_options(cli, measured, data_file, tmp_path, option, value):
+    config = json.loads((Path(measured) / "rotatek_config.json").read_text())
+    assert config["rotatek"][option] != value
+    config["rotatek"][option] = value
+    shutil.copytree(measured, tmp_path / "other")
+    (tmp_path / "other" / "rotatek_config.json").write_text(json.dumps(config))
+    suite = ("eval", measured, "--data", data_file, "--device", "cpu", "--suite", "proof", "--output", tmp_path / "out")
+    assert f"has {option} {value}, {measured} has" in cli(*suite, "--also", tmp_path / "other").sentence(2)
+
+
 def test_another_calibration_must_keep_the_same_tokens(cli, measured, data_file, tmp_path):
     config = json.loads((Path(measured) / "rotatek_config.json").read_text())
     config["rotatek"] |= {"token_method": "fastv", "token_keep_ratio": 0.5}
