@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from .errors import DataError
+from .pictures import upright_rgb
 from .quiet import quiet_datasets
 from .readers import texts
 from .sample import Sample
@@ -62,7 +63,7 @@ class LocalData:
 
     def _image(self, where: str, value: Any) -> Image.Image:
         if isinstance(value, Image.Image):
-            return value.convert("RGB")
+            return upright_rgb(value)
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
             return open_image(io.BytesIO(value["bytes"]), f"{where}: image bytes")
         name = value.get("path") if isinstance(value, dict) else value
@@ -87,15 +88,15 @@ def open_named(name: str, folder: Path, where: str) -> Image.Image:
     return open_image(folder / name, where)
 
 
-def open_image(source: Any, where: str) -> Image.Image:
-    """Open an image file or stream as RGB, fully decoded.
+def open_image(source: Any, where: str, transparent_is_white: bool = True) -> Image.Image:
+    """Open an image file or stream as upright RGB (pictures.py), fully decoded.
 
     Raises:
-        DataError: missing, a folder, damaged or no image.
+        DataError: missing, a folder, damaged, no image, or one of 32-bit numbers.
     """
     try:
         with Image.open(source) as image:
-            return image.convert("RGB")
+            return upright_rgb(image, transparent_is_white)
     except FileNotFoundError as error:
         raise DataError(f"{where} does not exist; check the path") from error
     except IsADirectoryError as error:

@@ -63,7 +63,9 @@ class StreamedSamples:
         while len(self.kept) <= number:
             self._read_row()
         kept = self.kept[number]
-        images = tuple(open_image(io.BytesIO(self._picture(*place)), f"{kept.id}: its image") for place in kept.pictures)
+        # harnesses whose scores are published show what is stored under transparent pixels
+        stored = [io.BytesIO(self._picture(*place)) for place in kept.pictures]
+        images = tuple(open_image(data, f"{kept.id}: its image", transparent_is_white=False) for data in stored)
         asked = kept.asked
         return Sample(
             id=kept.id, images=images, question=asked.question, answers=asked.answers, skill=asked.skill, metric=self.metric,

@@ -165,7 +165,10 @@ class Journal:
         except (ValueError, KeyError, TypeError):
             return None  # damaged: it is measured again
         found = [outcomes[start : start + size] for start in range(0, len(outcomes), size)]
-        return found if [part[0].method for part in found] == self.methods else None
+        asked = [outcome.id for outcome in found[0]]  # a line that stands twice would give one method another document
+        whole = all([outcome.id for outcome in part] == asked for part in found)
+        named = all(outcome.method == name for part, name in zip(found, self.methods, strict=True) for outcome in part)
+        return found if whole and named else None
 
     def _check_header(self, file: Path, line: bytes, header: str) -> None:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .calibration_data.pictures import upright_rgb
 from .errors import RotateKError, UsageError
 
 FRAME_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -79,7 +80,7 @@ def _from_folder(path: Path, frames: int, fps: float) -> Clip:
     for index in indices:
         try:
             with Image.open(files[index]) as picture:
-                pictures.append(np.asarray(picture.convert("RGB")))
+                pictures.append(np.asarray(upright_rgb(picture)))
         except (OSError, ValueError) as error:
             raise RotateKError(f"frame {files[index]} cannot be read: {error}; remove or replace it") from error
         if pictures[-1].shape != pictures[0].shape:

@@ -186,6 +186,7 @@ def _measure(artifact: str, data: str, asks: tuple[str, ...], options: dict[str,
         refuse_others(read, options)
     learned = load_all(options["learned"], read)
     also = [_other(other, read, artifact, options) for other in options["also"]]
+    _refuse_twice([read, *also], [artifact, *options["also"]])
     if options["write_card"]:
         require_card(read)
     source = open_data(data, "evaluation", options["seed"], options["data_revision"], images=not read.geometry.text_only)
@@ -265,6 +266,18 @@ def _other(name: str, first: Any, first_name: str, options: dict[str, Any]) -> A
         if seen != wanted:
             raise UsageError(f"--also {name} has {option} {seen}, {first_name} has {wanted}; only calibration data and seed may differ")
     return replace(other, method=replace(other.method, fallback_factor=0.0)) if options["no_fallback"] else other
+
+
+def _refuse_twice(artifacts: list[Any], names: list[str]) -> None:
+    """Refuse a calibration that is named twice: it would count as two, of which the intervals know nothing new."""
+    from ..suite import tensors_hash
+
+    seen: dict[str, str] = {}
+    for one, name in zip(artifacts, names, strict=True):
+        same = tensors_hash(one.tensors)  # the rest of them was compared
+        if same in seen:
+            raise UsageError(f"--also {name} is the same calibration as {seen[same]}; name one of other data or of another --seed")
+        seen[same] = name
 
 
 def _write_card(artifact: Any, measured: list[Any], facts: dict[str, Any], options: dict[str, Any]) -> None:

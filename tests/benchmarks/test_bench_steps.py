@@ -226,6 +226,23 @@ def test_other_norms(monkeypatch, capsys):
     assert "--liger needs the package liger-kernel" in capsys.readouterr().err
 
 
+def test_rows_with_other_norms_have_another_name(monkeypatch, tmp_path):
+    """The parts are replaced before the model is made; a row of the same model without them stays."""
+    order = []
+    made = bench_steps.random_model
+    monkeypatch.setattr(bench_steps, "find_spec", lambda name: name == "liger_kernel")
+    monkeypatch.setattr(bench_steps, "fused", lambda title: order.append(title) or f"{title}, with other parts")
+    monkeypatch.setattr(bench_steps, "random_model", lambda *about: order.append("made") or made(*about))
+    monkeypatch.setattr(bench_steps, "free_bytes", lambda device: int(bench_steps.SPARE * 1e9) + 10_000_000)
+    for more in ([], ["--liger"]):
+        rest = ["--caches", "dense", "--steps", "2", "--output", str(tmp_path), *more]
+        monkeypatch.setattr(sys, "argv", ["bench_steps.py", "--small", "--models", "qwen3-vl-4b", *rest])
+        bench_steps.main()
+    assert order == ["made", "qwen3-vl-4b", "made"]
+    names = [row["model"] for row in read(tmp_path / "steps.csv")]
+    assert len(names) == 4 and names == ["qwen3-vl-4b"] * 2 + ["qwen3-vl-4b, with other parts"] * 2
+
+
 ROW = {"device": "a GPU", "torch": "2", "transformers": "5", "model": "m", "weights_gb": "1", "copy_TBps": "2", "tokens": 64}
 DENSE_ROW = ROW | {"point": "2x64", "batch": 2, "cache": "dense, captured", "ms": "4", "tokens_per_second": "500", "cache_gb": "3"}
 OURS_ROW = DENSE_ROW | {"cache": "ours, captured", "ms": 2, "tokens_per_second": 1000, "cache_gb": "0.6"}

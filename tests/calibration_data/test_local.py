@@ -217,7 +217,7 @@ def test_damaged_files(tmp_path, name, content, words):
     assert words in str(error.value) and str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "LA", "I;16", "I;16B"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     Image.new(mode, (8, 6)).save(tmp_path / "picture.tif")
     image = open_image(tmp_path / "picture.tif", "picture")

@@ -169,10 +169,36 @@ def test_an_evaluation_in_two_processes(cli, measured, data_file, tmp_path):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_proof_over_two_calibrations(cli, measured, data_file, tmp_path):
-    """The same artifact twice: what depends on calibration has two, of which the interval knows nothing new."""
+@pytest.fixture
+def calibrated_anew(measured, tmp_path):
+    """The artifact with other knock-outs, as another seed would measure them."""
+    from rotatek_compile.artifact import read_artifact, write_artifact
+
+    target = shutil.copytree(measured, tmp_path / "anew")
+    artifact = read_artifact(target)
+    artifact.tensors["layers.0.knockout"] = artifact.tensors["layers.0.knockout"] + 0.5
+    write_artifact(artifact, target, "card")
+    return target
+
+
+def test_one_calibration_does_not_count_as_two(cli, measured, calibrated_anew, data_file, tmp_path):
+    """Neither the artifact itself or a copy of it beside it, nor another one named twice."""
+    suite = ("eval", measured, "--data", data_file, "--device", "cpu", "--suite", "proof", "--output", tmp_path / "out", "--also")
+    copy = shutil.copytree(measured, tmp_path / "copy")
+    for also, name, first in (
+        ((measured,), measured, measured),
+        ((calibrated_anew, "--also", copy), copy, measured),
+        ((calibrated_anew, "--also", calibrated_anew), calibrated_anew, calibrated_anew),
+    ):
+        said = cli(*suite, *also, "--no-fallback").sentence(2)
+        assert f"--also {name} is the same calibration as {first}; name one of other data" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_proof_over_two_calibrations(cli, measured, calibrated_anew, data_file, tmp_path):
+    """What depends on calibration has two."""
     arguments = ("eval", measured, "--data", data_file, "--max-new-tokens", 1, "--device", "cpu", "--num-samples", 1, "--ask", "after")
-    ended = cli(*arguments, "--suite", "proof", "--also", measured, "--output", tmp_path / "out", "--json")
+    ended = cli(*arguments, "--suite", "proof", "--also", calibrated_anew, "--output", tmp_path / "out", "--json")
     rows = json.loads(ended.out)["rows"]
     assert {row["axis"] for row in rows} >= {"kv"} and {row["calibrations"] for row in rows} == {1, 2}
     assert {row["method"] for row in rows if row["calibrations"] == 2} >= {"artifact", "rotatek", "head-drop", "leank"}
@@ -182,7 +208,8 @@ def test_proof_over_two_calibrations(cli, measured, data_file, tmp_path):
         table = list(csv.DictReader(stream))
     assert len(table) == len(rows) and {row["calibrations"] for row in table} == {"1", "2"}
     header = json.loads((tmp_path / "out" / "documents.jsonl").read_text().splitlines()[0])["evaluation"]
-    assert header["also"] == [header["artifact"]] and sum(label.endswith(" #2") for label in header["methods"]) > 5
+    assert len(header["also"]) == 1 and header["also"] != [header["artifact"]]
+    assert sum(label.endswith(" #2") for label in header["methods"]) > 5
 
 
 def test_another_calibration_must_be_of_the_same_model(cli, measured, unmeasured, make_checkpoint, data_file, tmp_path):
@@ -191,6 +218,20 @@ def test_another_calibration_must_be_of_the_same_model(cli, measured, unmeasured
     suite = ("eval", measured, "--data", data_file, "--device", "cpu", "--suite", "proof", "--output", tmp_path / "out")
     assert "was compiled for other weights than" in cli(*suite, "--also", tmp_path / "other").sentence(2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("basis", "pca"), ("window", 64), ("kv_budget", 0.5), ("allocation", "uniform"), ("key_bits", "8"), ("value_bits", "4")],
+)
+def test_another_calibration_must_have_the_same_options(cli, measured, data_file, tmp_path, option, value):
+    config = json.loads((Path(measured) / "rotatek_config.json").read_text())
+    assert config["rotatek"][option] != value
+    config["rotatek"][option] = value
+    shutil.copytree(measured, tmp_path / "other")
+    (tmp_path / "other" / "rotatek_config.json").write_text(json.dumps(config))
+    suite = ("eval", measured, "--data", data_file, "--device", "cpu", "--suite", "proof", "--output", tmp_path / "out")
+    assert f"has {option} {value}, {measured} has" in cli(*suite, "--also", tmp_path / "other").sentence(2)
 
 
 def test_another_calibration_must_keep_the_same_tokens(cli, measured, data_file, tmp_path):

@@ -44,7 +44,10 @@ def test_a_document_of_a_data_set(cli, compiled, data_file, page):
     assert first["question"] in shown.out.splitlines()[0] and shown.out.splitlines()[-1] == f"right: {' or '.join(first['answers'])}"
     other = cli("run", compiled, "--data", data_file, "--prompt", "Why?", *rest)
     assert other.out.splitlines()[0].endswith(": Why?") and "right:" not in other.out
-    assert "--sample 99 is out of range" in cli("run", compiled, "--data", data_file, "--sample", 99, *rest).sentence(2)
+    held = len(data_file.read_text().splitlines())
+    for number in (held, 99):
+        said = cli("run", compiled, "--data", data_file, "--sample", number, *rest).sentence(2)
+        assert f"--sample {number} is out of range" in said and f"has {held} documents, and the first is 0" in said
 
 
 @pytest.mark.parametrize(

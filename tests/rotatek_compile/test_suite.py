@@ -105,6 +105,17 @@ def test_damaged_line_is_measured_again(evaluation, tmp_path):
     assert len(prefills) == 5 and contents(tmp_path / "damaged") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("twice", [1, 3, 5, 20])
+def test_a_line_that_stands_twice_is_measured_again(evaluation, tmp_path, twice):
+    """It pushes the last of a batch out: six lines of the right mode, batch and methods, but of one document answered twice."""
+    evaluation(tmp_path / "whole")
+    evaluation(tmp_path / "twice")
+    lines = (tmp_path / "twice" / FILE).read_bytes().splitlines(keepends=True)
+    (tmp_path / "twice" / FILE).write_bytes(b"".join(lines[: twice + 1] + lines[twice:]))
+    _, prefills = evaluation(tmp_path / "twice", resume=True)
+    assert len(prefills) == (6 if twice < 7 else 3) and contents(tmp_path / "twice") == contents(tmp_path / "whole")
+
+
 def test_killed_while_writing_the_first_line(evaluation, tmp_path):
     (tmp_path / FILE).write_text('{"evalua')
     evaluation(tmp_path, resume=True)
