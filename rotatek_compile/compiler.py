@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .artifact import Artifact, Method, library_versions, write_artifact
@@ -146,6 +147,7 @@ def plan_summary(artifact: Artifact) -> dict[str, Any]:
     return {
         "predicted_kl": artifact.report["plan_kl"],
         "kept_aside": artifact.calibration["kept_aside"],
+        "documents": artifact.report["plan_documents"],
         "share": artifact.report["segment"]["bytes"] / artifact.report["segment"]["dense_bytes"],
         "setting": artifact.method.words,
         "ranks": {str(i): [head.key.rank for head in heads] for i, heads in decided.items()},
@@ -200,6 +202,7 @@ def compile_ours(
     else:
         knockouts = measure_knockouts(cutter, together.share(read), options.quiet, rows, together)
     docs = prefilled(cutter, together.share(checked or read), rows)
+    known = together.sum(torch.tensor([sum(doc.dense_right() for doc in docs), sum(len(doc.items) for doc in docs)]))
     limits, deviation = usual.tensors(together)
     if limits:
         method = replace(method, fallback_factor=FACTOR, usual_deviation=deviation)
@@ -220,6 +223,7 @@ def compile_ours(
         artifact = coding_chosen(artifact, options, cutter, docs, costs, checks, together)
         seconds["escapes_and_bases"] = time.perf_counter() - before
     artifact.report = report(artifact, main, moments, checks, seconds)
+    artifact.report["plan_documents"] = dict(zip(("dense_right", "count"), known.long().tolist(), strict=True))
     artifact.report["sensitivity"] = {"nothing": NOTHING, "bounded": measured.bounded}
     return artifact
 

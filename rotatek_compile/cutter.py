@@ -63,6 +63,11 @@ class Prefilled:
         kl = (dense.exp() * (dense - got)).sum(-1).clamp_min(0)
         return (kl * self.scored).sum(1)
 
+    def dense_right(self) -> int:
+        """Documents of whose answer the dense model would choose every token, given those before it."""
+        expected = pad([item.answer for item in self.items], 0).ids.to(self.reference.device)
+        return int(((self.reference.argmax(-1) == expected) | ~self.scored).all(1).sum())
+
     def park(self) -> None:
         """Keep Keys and Values in main memory until they are read again."""
         self.homes = tuple(layer.keys.device for layer in self.cache.layers)

@@ -26,7 +26,7 @@ from .before_rope import key_projections, watching
 from .cache import RotateKCache
 from .coder import BeforeRopeCoder, Coder
 from .graphs import DecodeGraphs
-from .media import ENCODERS, CallState, encoded_features, encoded_lengths, features_of, lengths_of
+from .media import ENCODERS, CallState, at_text_positions, encoded_features, encoded_lengths, features_of, lengths_of
 from .prepared import PreparedArtifact
 from .rap_load import pruned_artifact, same_pruning
 from .segments import hides_past, read_kinds
@@ -195,6 +195,14 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             if hides_past(mask, shape[1], cache.tokens()):
                 raise RotateKError("the attention mask hides tokens that the compressed cache holds, which it cannot leave out")
             kinds = read_kinds(ids, mask, types, marked, shape, video)
+            places = bound.get("position_ids", extra.get("position_ids"))
+            late = media and kinds is not None and self.artifact.geometry.position_axes > 1 and cache.get_seq_length() > 0
+            if late and at_text_positions(places, kinds):
+                warnings.warn(
+                    "a picture that joins a conversation stands at positions of text and may be read wrong, with a stock cache too: this "
+                    "model numbers pictures in its first prompt only; pass position_ids (docs/generation.md)",
+                    stacklevel=2,
+                )
             encoded = bound.get("mm_encoder_outputs", extra.get("mm_encoder_outputs"))
             state.begin(shape, kinds, lengths_of(encoded))
             state.show(features_of(encoded))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .segments import IMAGE, TEXT, VIDEO, Run, Step, plain_step, runs_of
@@ -53,6 +54,22 @@ def lengths_of(encoded: Any) -> dict[int, list[int]]:
         return {}
     found = {kind: encoded_lengths(encoded.get(name), kind) for name, kind in MODALITIES.items()}
     return {kind: lengths for kind, lengths in found.items() if lengths}
+
+
+def at_text_positions(positions: Tensor | None, kinds: np.ndarray) -> bool:
+    """Whether the images of a call stand where text would: all axes of M-RoPE count alike. None is so too: the model will count itself.
+
+    Args:
+        positions: [3 or 4, B, T]; the first of 4 is of text.
+        kinds: int8 [B, T] as `read_kinds` has them.
+    """
+    media = torch.from_numpy(kinds > TEXT)
+    if int(media.sum()) < 2:
+        return False  # nothing, or an image of one token, whose axes are alike
+    if positions is None or positions.dim() < 3:
+        return True
+    axes = positions[-3:].expand(-1, *kinds.shape)[:, media.to(positions.device)]
+    return bool((axes == axes[:1]).all())
 
 
 class Unsettled(Protocol):

@@ -198,6 +198,7 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
                 if chosen.method == "rotatek"
                 else f"{summary['plan']['setting']}\n"
             )
+            + (_known(**summary["plan"]["documents"]) if chosen.method == "rotatek" else "")
             + "seconds: "
             + ", ".join(f"{name.replace('_', ' ')} {seconds[name]}" for name in (*parts, "total"))
         )
@@ -206,6 +207,12 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
         summary["pushed"], text = pushed.to_json(), f"{text}\n{describe(pushed)}"
     if is_main():  # under torchrun the others have helped
         click.echo(json.dumps(summary) if as_json else text)
+
+
+def _known(dense_right: int, count: int) -> str:
+    """Whether the plan's KL is of answers that are worth having."""
+    poor = "; KL to it says little: check that it can read such pages, and how the answers are written" if dense_right < count / 10 else ""
+    return f"uncompressed, the model gives the expected answer to {dense_right} of these {count} documents{poor}\n"
 
 
 def _rap(chosen: CompileOptions, dry: bool) -> tuple[dict[str, Any], str]:

@@ -1,5 +1,7 @@
 """Artifacts read through the cache that decodes: what cuts say of a plan, and what only a cache knows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,6 +46,24 @@ def artifact(tiny_geometry, bases):
 @pytest.fixture
 def docs(cutter, documents):
     return [cutter.prefill(*documents[:2]), cutter.prefill(*documents[2:])]
+
+
+def test_answers_the_dense_model_would_give(cutter, documents):
+    """Every token counts, whatever the padding: answers grow by what the model itself would say, then one token is another."""
+
+    def said(items):
+        doc = cutter.prefill(*items)
+        return doc, [row[scored][-1].argmax().item() for row, scored in zip(doc.reference, doc.scored, strict=True)]
+
+    items = [replace(item, answer=[0]) for item in documents[:3]]
+    for length in range(3):
+        items = [replace(item, answer=[*item.answer[:-1], token]) for item, token in zip(items, said(items)[1], strict=True)]
+        assert said(items)[0].dense_right() == 3
+        if length < 2:
+            items = [item if n == 0 else replace(item, answer=[*item.answer, 0]) for n, item in enumerate(items)]  # one is shorter
+    first = items[1].answer
+    assert said([items[0], replace(items[1], answer=[first[0] ^ 1, *first[1:]]), items[2]])[0].dense_right() == 2
+    assert said([replace(item, answer=[*item.answer[:-1], item.answer[-1] ^ 1]) for item in items])[0].dense_right() == 0
 
 
 def test_a_plan_costs_what_its_cuts_cost(cutter, docs, artifact):
