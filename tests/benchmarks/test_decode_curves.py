@@ -242,10 +242,17 @@ def test_flex_attention_over_thin_keys(on_the_cpu, append):
     assert decode_baselines.step_error(wrong, case) > 0.05
 
 
-def test_baselines_that_do_not_run_are_named():
+def test_baselines_that_do_not_run_are_named(monkeypatch):
     assert "power of two" in decode_baselines.missing("flex", Case(1, 64, 28, 4))
     assert decode_baselines.missing("flex", Case(1, 64)) is None
-    assert "flashinfer-python" in decode_baselines.missing("flashinfer-fa2", Case(1, 64))
+    for family in ("flashinfer-fa2", "flashinfer-fa3"):
+        with monkeypatch.context() as there:
+            there.setattr(decode_baselines, "place", lambda: "cuda")
+            assert "flashinfer-python" in decode_baselines.missing(family, Case(1, 64))
+            there.setattr(decode_baselines.importlib.util, "find_spec", lambda name: name)
+            assert decode_baselines.missing(family, Case(1, 64)) is None
+            there.setattr(decode_baselines, "place", lambda: "cpu")
+            assert decode_baselines.missing(family, Case(1, 64)) == "there is no CUDA GPU"
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,9 @@ NAMES = {
         "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::OpaqueType<2>>",
         "aten::mul",
         "aten::mm_out_of_nothing",
+        "_rms_norm_forward_kernel",  # of liger-kernel, as the next two
+        "_triton_rope",
+        "_swiglu_forward_kernel",
     ],
     OTHER: ["pack_kernel", "ncclDevKernel_AllReduce"],
 }

@@ -58,6 +58,12 @@ def test_refusals_name_the_reason():
     assert "head_dim 32" in decode.supported(torch.randn(1, 4, 1, 32), cache.view)
     beams = dataclasses.replace(cache.view, table=cache.view.table.expand(2, -1, -1, -1))
     assert "table must be contiguous" in decode.supported(q, beams)
+    windows = cache.view.windows
+    across = dataclasses.replace(cache.view, windows=windows.mT.contiguous().mT)
+    assert across.windows.shape == windows.shape and "strides" in decode.supported(q, across)
+    for name in ("windows", "bases", "own_bases"):
+        other = dataclasses.replace(cache.view, **{name: getattr(cache.view, name).half()})
+        assert "queries are torch.float32" in decode.supported(q, other)
     with pytest.raises(ValueError, match="no Triton decode attention: tensors are on cpu"):
         decode.decode_attention(q, cache.view, 1.0)
 
