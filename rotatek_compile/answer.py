@@ -114,15 +114,23 @@ def takes_videos(processor: Any) -> bool:
 
 
 def comparison(result: Answer, dense: Answer | None) -> str:
-    """Bytes and times in words; both answers side by side when there are two."""
+    """Bytes and times in words; both answers side by side when there are two.
+
+    A budget is a promise for what is coded; the newest text and text between pages lie raw beside it.
+    """
+    sizes = result.bytes
+    share = f"{sizes.span / sizes.span_dense:.3f}" if sizes.span_dense else ""
     if dense is None:
+        coded = f", of which {sizes.span:,} code {sizes.span_dense:,} ({share})" if share else ""
         return (
-            f"[{result.bytes.total:,} bytes of KV cache, dense {result.bytes.dense:,}; "
+            f"[{sizes.total:,} bytes of KV cache, dense {sizes.dense:,}{coded}; "
             f"prefill {result.seconds_prefill:.2f} s, decode {result.seconds_decode:.2f} s]"
         )
     rows = [("", "compressed", "dense"), ("answer", result.text, dense.text)]
-    rows.append(("KV bytes", f"{result.bytes.total:,}", f"{dense.bytes.total:,}"))
-    rows.append(("allocated", f"{result.bytes.stored:,}", f"{dense.bytes.stored:,}"))
+    rows.append(("KV bytes", f"{sizes.total:,}", f"{dense.bytes.total:,}"))
+    if share:
+        rows.append(("of these coded", f"{sizes.span:,} ({share})", f"{sizes.span_dense:,}"))
+    rows.append(("allocated", f"{sizes.stored:,}", f"{dense.bytes.stored:,}"))
     rows.append(("prefill s", f"{result.seconds_prefill:.2f}", f"{dense.seconds_prefill:.2f}"))
     rows.append(("decode s", f"{result.seconds_decode:.2f}", f"{dense.seconds_decode:.2f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]

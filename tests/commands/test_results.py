@@ -76,6 +76,10 @@ def test_run_streams_the_answer_to_stdout(cli, compiled, data_file):
     assert quiet.out.strip() == text
     loud = cli(*ask, "--compare-dense")
     assert loud.out.startswith(quiet.out) and "KV bytes" in loud.out and loud.err == ""
+    coded, share, dense = re.search(r"of these coded +([\d,]+) \((0\.\d+)\) +([\d,]+)", loud.out).groups()
+    coded, dense = (int(n.replace(",", "")) for n in (coded, dense))
+    assert float(share) == pytest.approx(coded / dense, abs=6e-4) and coded < dense
+    assert f", of which {coded:,} code {dense:,} ({share}); prefill" in cli(*ask).out
 
 
 def test_run_without_a_picture(cli, compiled):
