@@ -1,11 +1,13 @@
 """Training LeanK's scales by the script, and evaluating what it wrote: one run on a tiny model."""
 
 import json
+import shutil
 import sys
 
 import learn_leank
 import pytest
 
+from rotatek_compile.artifact import read_artifact, write_artifact
 from rotatek_compile.learned import load_learned
 
 QUICK = ("--max-new-tokens", 1, "--device", "cpu", "--num-samples", 2, "--batch-size", 2, "--ask", "after")
@@ -57,7 +59,11 @@ def test_trained_and_evaluated(train, cli, compiled, data_file, tmp_path):
     )
     row = json.loads(ended.out)["rows"][-1]
     assert row["method"] == "leank-learned" and row["setting"].endswith("of 192 channels") and row["keep_ratio"] == 0.5
-    suite = ("eval", compiled, "--data", data_file, *QUICK, "--suite", "proof", "--also", compiled, "--output", tmp_path / "out", "--json")
+    also = shutil.copytree(compiled, tmp_path / "also")
+    other = read_artifact(also)
+    other.tensors["layers.0.knockout"] = other.tensors["layers.0.knockout"] + 0.5  # as another seed would measure it
+    write_artifact(other, also, "card")
+    suite = ("eval", compiled, "--data", data_file, *QUICK, "--suite", "proof", "--also", also, "--output", tmp_path / "out", "--json")
     found = [row for row in json.loads(cli(*suite, "--learned", file).out)["rows"] if row["method"] == "leank-learned"]
     assert {row["axis"] for row in found} >= {"kv"} and {row["calibrations"] for row in found} == {1}
     header = json.loads((tmp_path / "out" / "documents.jsonl").read_text().splitlines()[0])["evaluation"]
