@@ -32,6 +32,9 @@ SUITES = {
     "proof": "the same at budgets, and Keys beside equal Values: raw, and at 4 bits on both sides",
 }
 
+POOR = 0.1  # of the answers of the uncompressed model are as expected; with fewer
+SAYS_LITTLE = "KL to it says little: check that it can read such pages, and how the answers are written"
+
 
 def refuse_unknown(option: str, name: str, known: Collection[str]) -> None:
     """Refuse a name that an option does not take.

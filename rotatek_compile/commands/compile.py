@@ -11,7 +11,21 @@ import click
 from .. import aliases
 from ..compile_options import CompileOptions
 from ..errors import UsageError
-from ..names import ALLOCATIONS, BASES, BITS, COMPILE_METHODS, OURS, RAP, RAP_BUDGETS, RAP_SCORES, SPANS, STACKED, TOKEN_METHODS
+from ..names import (
+    ALLOCATIONS,
+    BASES,
+    BITS,
+    COMPILE_METHODS,
+    OURS,
+    POOR,
+    RAP,
+    RAP_BUDGETS,
+    RAP_SCORES,
+    SAYS_LITTLE,
+    SPANS,
+    STACKED,
+    TOKEN_METHODS,
+)
 from ..parallel import is_main
 from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of
 
@@ -211,7 +225,7 @@ def command(model: str | None, calib: str | None, output: Path | None, **options
 
 def _known(dense_right: int, count: int) -> str:
     """Whether the plan's KL is of answers that are worth having."""
-    poor = "; KL to it says little: check that it can read such pages, and how the answers are written" if dense_right < count / 10 else ""
+    poor = f"; {SAYS_LITTLE}" if dense_right < POOR * count else ""
     return f"uncompressed, the model gives the expected answer to {dense_right} of these {count} documents{poor}\n"
 
 

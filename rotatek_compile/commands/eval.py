@@ -10,11 +10,9 @@ import click
 
 from .. import aliases
 from ..errors import RotateKError, UsageError
-from ..names import ASK, METHODS, SUITES, TOKEN_METHODS, check_fraction, refuse_unknown
+from ..names import ASK, METHODS, POOR, SAYS_LITTLE, SUITES, TOKEN_METHODS, check_fraction, refuse_unknown
 from ..parallel import launched
 from .completion import DEVICES, DTYPES, complete_data, complete_model, one_of, paths
-
-POOR = 0.1  # score of the dense model below which what follows it says little
 
 
 @click.command("eval", help="Measure ARTIFACT (a directory, or ORG/NAME on the Hub) against the dense model and other methods.")
@@ -297,10 +295,7 @@ def _name(row: dict[str, Any]) -> str:
 def _print_remarks(rows: list[dict[str, Any]]) -> None:
     """What the model itself gets wrong, where heads kept more than planned, how ours stands beside the best rivals of its budget."""
     if any(row["method"] == "dense" and row["score"] < POOR for row in rows):
-        click.echo(
-            f"uncompressed, the model hardly answers as expected here ({rows[0]['metric']} below {POOR:g}); KL to it says little: "
-            "check that it can read such pages, and how the answers are written"
-        )
+        click.echo(f"uncompressed, the model hardly answers as expected here ({rows[0]['metric']} below {POOR:g}); {SAYS_LITTLE}")
     for row in rows:
         if row["fallback_heads"]:
             click.echo(f"{_name(row)} kept more than planned in {row['fallback_heads']} (document, head, segment) places")
