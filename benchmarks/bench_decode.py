@@ -7,7 +7,7 @@
 2. Timings: 32 query and 8 KV heads, D 128, bf16, one new token. Ours: T - 128 visual tokens coded, 128 in the raw window.
    Timed from the query after RoPE to the output: query rotation, splits, Value rotation and merge. "append" adds writing the new Key and
    Value: two copies before SDPA, our kernel does it itself. "graph": a CUDA graph over several layers with a cache each, more than 3x the
-   L2 together; "eager": one call, L2 overwritten before each (Triton's do_bench).
+   L2 together, with the 10th and the 90th percentile of its replays; "eager": one call, L2 overwritten before each (Triton's do_bench).
    FlexAttention and FlashInfer (decode_baselines.py) are timed likewise where they run; with --only-baselines they alone, beside SDPA and
    three rows of ours, saved to decode_baselines.csv.
 3. With --sweep: tile sizes and numbers of programs of the coded configurations.
@@ -27,7 +27,7 @@ from pathlib import Path
 import decode_curves
 import print_decode
 import torch
-from decode_baselines import DIM, FAMILIES, THIN, missing, step_error
+from decode_baselines import FAMILIES, missing, read_bytes, step_error
 from decode_cases import (
     BASELINES,
     CONFIGURATIONS,
@@ -43,7 +43,7 @@ from decode_cases import (
     place,
     timed_shape_error,
 )
-from decode_timing import eager_us, facts, graph_us, host_us, multiprocessors
+from decode_timing import eager_us, facts, graph_times, graph_us, host_us, multiprocessors, percentiles
 from triton.runtime.errors import OutOfResources
 
 from rotatek_compile.kernels import decode, table
@@ -106,9 +106,10 @@ class Table:
         self.facts, self.rows = measured_on, []
 
     def add(self, batch: int, tokens: int, method: str, size: int, steps: list[Step], appended: list[Step], **more: object) -> None:
-        row = {"B": batch, "T": tokens, "method": method, "read_MB": round(size / 1e6, 1), "graph_us": graph_us(steps)}
-        row |= {"graph_append_us": graph_us(appended), "eager_us": eager_us(steps[0]), "eager_append_us": eager_us(appended[0])}
-        row |= {"graph_TBps": size / row["graph_us"] / 1e6, **more}
+        (low, us, high), (append_low, append_us, append_high) = (percentiles(graph_times(some)) for some in (steps, appended))
+        row = {"B": batch, "T": tokens, "method": method, "read_MB": round(size / 1e6, 1), "graph_us": us, "graph_append_us": append_us}
+        row |= {"eager_us": eager_us(steps[0]), "eager_append_us": eager_us(appended[0]), "graph_TBps": size / us / 1e6}
+        row |= {"graph_p10_us": low, "graph_p90_us": high, "graph_append_p10_us": append_low, "graph_append_p90_us": append_high, **more}
         self.rows.append(row)
         print("  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
@@ -172,8 +173,7 @@ def measure_others(results: Table, batch: int, tokens: int, count: int, families
                 error = step_error(plain[0], case)
                 if not error < TIMED_LIMIT:
                     sys.exit(f"{name} at B {batch}, T {tokens}: error {error:.2e}, limit {TIMED_LIMIT}")
-                thin = batch * tokens * case.heads * (THIN + DIM) * 2
-                results.add(batch, tokens, name, thin if "thin" in name else case.dense_bytes, plain, appended, error=error)
+                results.add(batch, tokens, name, read_bytes(name, case), plain, appended, error=error)
                 del plain, appended
         except Exception as error:  # a baseline that fails must not end a run of ours
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

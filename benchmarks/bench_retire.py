@@ -1,21 +1,22 @@
-"""What text costs after it has been attended: appending a token, and moving old text out of the window, raw or coded.
+"""What text costs beside its attention: appending a token, and then room for raw text, or coding text that leaves the window.
 
     python benchmarks/bench_retire.py --output benchmarks/results [--seconds 120]
     python benchmarks/bench_retire.py --print benchmarks/results/retire.csv
     python benchmarks/bench_retire.py --small --output /tmp/small              # the same path with short caches, also without a GPU
 
-One layer with 32 query and 8 KV heads of 128 in bf16, an artifact with K 32x8, V 128x8. The cache is filled with pages; then every row's
-window holds so much text more than its size that a block leaves it. Columns, all for one layer:
+One layer with 32 query and 8 KV heads of 128 in bf16, an artifact with K 32x8, V 128x8. The cache is filled with pages. While an answer
+grows, raw text stays in the windows, which need room for a block of it; text that is coded leaves in blocks, of which every row's window
+holds one more than its size here. Columns, all for one layer:
 
 - attend_us: decode attention of one token in a CUDA graph, without the append; append_us: what the append in the launch adds; both from
   the fastest of three turns.
-- block: tokens that leave at once: 64 in plain steps, up to 256 between two captured stretches.
-- retire_us: the wall time of leaving (encoding, moving, the pool, the new work list), all rows together, until the GPU is done;
-  busy_us: of this what kernels and copies take on the GPU.
-- share: append and leaving per token, over attention. The target is 0.05 from 134 MB of dense cache per layer up. The table also has the
+- block: tokens at once. In plain steps windows get room for 32 at least, and 64 are coded; between two captured stretches up to 256.
+- retire_us: the wall time of that (making room; or encoding, moving, the pool; and the new work list), all rows together, until the GPU is
+  done; busy_us: of this what kernels and copies take on the GPU.
+- share: append and retire_us per token, over attention. The target is 0.05 from 134 MB of dense cache per layer up. The table also has the
   share of the GPU's own work, busy_us for retire_us and without the append.
 
-Before anything is timed, attention over the cache after text has left is checked against the specification in float64.
+Attention over the cache afterwards is checked against the specification in float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_full_size import llava_next, random_model  # noqa: E402
 from decode_timing import facts, graph_us  # noqa: E402
 from measuring import read_csv  # noqa: E402
-from step_caches import artifact_of, fill_ours  # noqa: E402
+from step_caches import artifact_of, fill_ours, with_text  # noqa: E402
 
-from rotatek_compile.artifact import Artifact
 from rotatek_compile.geometry import geometry_of
 from rotatek_compile.kernels.decode_torch import decode_attention_torch
 from rotatek_compile.kernels.slabs import Slabs
@@ -46,7 +47,8 @@ from rotatek_compile.runtime.enable import enable
 
 POINTS = ((1, 32768), (8, 4096), (8, 8192), (32, 4096), (8, 32768), (32, 16384))  # batch, tokens: 134 MB of dense cache and more
 KEYS, VALUES = Slabs(0, 32, 0), Slabs(0, 128, 0)
-BLOCKS, ROUNDS, TURNS = (64, 256), 4, 3
+BLOCKS = {"visual": (32, 256), "all": (64, 256)}
+ROUNDS, TURNS = 4, 3
 LIMIT = 2e-2
 COLUMNS = ("batch", "tokens", "dense_MB", "span", "block", "attend_us", "append_us", "retire_us", "busy_us", "share", "error")
 
@@ -59,12 +61,6 @@ def model_of_one_layer(small: bool, device: torch.device) -> Any:
     if not small:
         text.num_attention_heads, text.num_key_value_heads, text.head_dim = 32, 8, 128
     return random_model(config, device)
-
-
-def with_text(artifact: Artifact) -> Artifact:
-    """The same artifact for `--span all`: text is coded in the bases of images."""
-    tensors = {name.replace(".visual.", ".text."): x.clone() for name, x in artifact.tensors.items() if ".visual." in name}
-    return replace(artifact, method=replace(artifact.method, span="all"), tensors=artifact.tensors | tensors)
 
 
 def wall_us(act: Callable[[], object], device: torch.device) -> float:
@@ -100,6 +96,7 @@ class Bench:
         self.device = self.like.device
         fill_ours(cache, self.geometry, batch, tokens, self.like)
         self.layer, self.batch = cache.layers[0], batch
+        self.lengths = torch.zeros(-(-batch // 4) * 4, dtype=torch.int32, device=self.device)  # as captured stretches count them
         shape = self.geometry.layers[0]
         self.query = self.random(batch, shape.query_heads, 1, shape.head_dim)
         self.new = tuple(self.random(batch, shape.kv_heads, 1, shape.head_dim) for _ in "kv")
@@ -108,8 +105,10 @@ class Bench:
         return torch.randn(shape, device=self.device, dtype=self.like.dtype)
 
     def fill_windows(self, tokens: int) -> None:
-        """So many tokens of text in every window."""
+        """So many tokens of text in every window, and no room for more."""
         store, shape = self.layer.store, self.geometry.layers[0]
+        store.window.trim(max(int(store.window.host.max()) - tokens, 0))
+        store.window.buffer = store.window.buffer[:, :, :, :tokens].clone()
         for row in range(self.batch):
             missing = tokens - int(store.window.host[row])
             store.window.append_row(row, *(self.random(shape.kv_heads, missing, shape.head_dim) for _ in "kv"))
@@ -117,9 +116,12 @@ class Bench:
     def view(self) -> Any:
         return self.layer.store.view(splits=self.layer.backend.needs_splits)
 
-    def retire(self) -> None:
-        """Old text leaves the windows, and the next step's view is made, as in a step."""
-        self.layer._retire()
+    def retire(self, block: int) -> None:
+        """Room for so many tokens, or so many leave the windows; then the next step's view is made, as in a step."""
+        if self.layer.text_stays():
+            self.layer.store.reserve(block, self.lengths[: self.batch])
+        else:
+            self.layer._retire()
         self.view()
 
     def attend(self, append: bool) -> Tensor:
@@ -160,15 +162,15 @@ def rows_at(model: Any, batch: int, tokens: int, span: str, rounds: int = ROUNDS
     with enable(model, with_text(artifact) if span == "all" else artifact, graphs=False) as enabled:
         cache = enabled.new_cache()
         bench = Bench(model, cache, batch, tokens)
-        window = artifact.method.window
-        for block in BLOCKS:
+        for block in BLOCKS[span]:
             walls, busy = [], float("nan")
             for number in range(rounds + 2):
-                bench.fill_windows(window + block)
+                bench.fill_windows(artifact.method.window + block * (span == "all"))
+                act = partial(bench.retire, block)
                 if number == rounds + 1:
-                    busy = busy_us(bench.retire, bench.device)
+                    busy = busy_us(act, bench.device)
                 else:
-                    walls.append(wall_us(bench.retire, bench.device))
+                    walls.append(wall_us(act, bench.device))
             error = bench.error()
             if not error < LIMIT:
                 sys.exit(f"B {batch}, T {tokens}, span {span}: error {error:.2e} after text has left, limit {LIMIT}")
@@ -221,7 +223,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """Shares of attention as markdown."""
     first = rows[0]
     lines = [f"{first['device']}, torch {first['torch']}, Triton {first['triton']}; one layer, us", ""]
-    columns = "B | T | dense MB | text | tokens at once | attention | append | leaving, wall | leaving, GPU | share | share, GPU"
+    columns = "B | T | dense MB | text | tokens at once | attention | append | room or leaving, wall | the same, GPU | share | share, GPU"
     lines += [f"| {columns} |", "|" + "---|" * 11]
     for row in rows:
         cells = [str(row["batch"]), str(row["tokens"]), f"{float(row['dense_MB']):.0f}", "raw" if row["span"] == "visual" else "coded"]

@@ -3,7 +3,9 @@
 FlexAttention is compiled as users compile it, without a search over its settings. Thin K is what it can do with Keys of 32 directions and
 Values of 128 without a kernel of one's own: no rotation, no mean, no window. FlashInfer is a package of its own (`flashinfer-python`); on a
 machine without a network carry its wheel and that of `apache-tvm-ffi`. Its kernels are compiled by nvcc at first use, fa2 in a minute and
-fa3 in several. Each baseline is checked against float64 before it is timed, and what cannot run is named with its reason.
+fa3 in several. fa2 also reads a dense cache of fp8 numbers (e4m3, without scales) beside bf16 queries, in half the bytes; new Keys and
+Values are rounded to it as they are appended. It is no row that ratios are taken to. Each baseline is checked against float64 before it
+is timed, and what cannot run is named with its reason.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ def flex_steps(case: Case, layers: int, append: bool, width: int = DIM) -> list[
     return [layer() for _ in range(layers)]
 
 
-def flashinfer_steps(case: Case, layers: int, append: bool, backend: str) -> list[Step]:
-    """FlashInfer's paged decode with tensor cores; pages of a sequence lie in order."""
+def flashinfer_steps(case: Case, layers: int, append: bool, backend: str, dtype: torch.dtype = torch.bfloat16) -> list[Step]:
+    """FlashInfer's paged decode with tensor cores over a cache of `dtype`; pages of a sequence lie in order."""
     import flashinfer
 
     pages = -(-case.tokens // PAGE)
@@ -65,7 +67,7 @@ def flashinfer_steps(case: Case, layers: int, append: bool, backend: str) -> lis
     workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=place())
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend=backend)
     heads = {"num_qo_heads": case.query_heads, "num_kv_heads": case.heads, "head_dim": DIM, "page_size": PAGE}
-    wrapper.plan(indptr, indices, last, **heads, sm_scale=SCALING, q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16)
+    wrapper.plan(indptr, indices, last, **heads, sm_scale=SCALING, q_data_type=torch.bfloat16, kv_data_type=dtype)
     at = (case.tokens - 1) % PAGE
 
     def step(query: Tensor, cache: Tensor, new: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def flashinfer_steps(case: Case, layers: int, append: bool, backend: str) -> lis
         return out.unsqueeze(2)
 
     def layer() -> Step:
-        cache = rand(case.batch * pages, 2, PAGE, case.heads, DIM)
+        cache = rand(case.batch * pages, 2, PAGE, case.heads, DIM).to(dtype)
         return partial(step, rand(case.batch, case.query_heads, DIM), cache, rand(case.batch, 2, case.heads, DIM))
 
     return [layer() for _ in range(layers)]
@@ -84,7 +86,14 @@ def flashinfer_steps(case: Case, layers: int, append: bool, backend: str) -> lis
 FAMILIES: dict[str, dict[str, Steps]] = {
     "flex": {"FlexAttention": flex_steps, f"FlexAttention thin K {THIN}": partial(flex_steps, width=THIN)},
     **{f"flashinfer-{name}": {f"FlashInfer {name}": partial(flashinfer_steps, backend=name)} for name in ("fa2", "fa3")},
+    "flashinfer-fp8": {"FlashInfer fa2 fp8": partial(flashinfer_steps, backend="fa2", dtype=torch.float8_e4m3fn)},
 }
+
+
+def read_bytes(name: str, case: Case) -> int:
+    """Bytes of Keys and Values that a call of this baseline reads."""
+    thin = case.batch * case.tokens * case.heads * (THIN + DIM) * 2
+    return thin if "thin" in name else case.dense_bytes // 2 if "fp8" in name else case.dense_bytes
 
 
 def missing(family: str, case: Case) -> str | None:
@@ -103,7 +112,7 @@ def step_error(step: Step, case: Case) -> float:
     found = step()[0].double().reshape(case.heads, -1, DIM)  # type: ignore[index]
     query, *kv = step.args  # type: ignore[attr-defined]
     if kv[0].dim() == 5:
-        pages = kv[0].view(case.batch, -1, 2, PAGE, case.heads, DIM)[0].double()
+        pages = kv[0].view(case.batch, -1, 2, PAGE, case.heads, DIM)[0].float().double()
         key, value = (pages[:, side].reshape(-1, case.heads, DIM)[: case.tokens].transpose(0, 1) for side in (0, 1))
     else:
         key, value = kv[0][0].double(), kv[1][0].double()

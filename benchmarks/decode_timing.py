@@ -16,14 +16,19 @@ from decode_cases import Step, place
 
 
 def graph_us(steps: list[Step], *, ahead: bool = False, enough_ms: float = math.inf) -> float:
-    """Microseconds per step of a CUDA graph of all steps: median of 27 replays.
+    """Microseconds per step of a CUDA graph of all steps: median of `graph_times`."""
+    return statistics.median(graph_times(steps, ahead=ahead, enough_ms=enough_ms))
+
+
+def graph_times(steps: list[Step], *, ahead: bool = False, enough_ms: float = math.inf) -> list[float]:
+    """Microseconds per step of a CUDA graph of all steps, one for each of 27 replays.
 
     Args:
         ahead: keep the device busy while the host launches a replay, so that the launch is not counted; it is where a replay is short.
         enough_ms: after so much measured time, 7 replays do.
     """
     if place() == "cpu":
-        return wall_us(steps)
+        return [wall_us(steps)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -46,7 +51,15 @@ def graph_us(steps: list[Step], *, ahead: bool = False, enough_ms: float = math.
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
-    return statistics.median(times) * 1e3 / len(steps)
+    return [ms * 1e3 / len(steps) for ms in times]
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    """The 10th, the 50th and the 90th."""
+    if len(times) < 2:
+        return times[0], times[0], times[0]
+    tenths = statistics.quantiles(times, n=10, method="inclusive")
+    return tenths[0], statistics.median(times), tenths[-1]
 
 
 def wall_us(steps: list[Step]) -> float:

@@ -47,6 +47,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
         ("counters", "count_decode.py", "decode_counters.csv"),
         ("step-parts", "step_parts.py", "step_parts.csv"),
         ("retire", "bench_retire.py", "retire.csv"),
+        ("answers", "bench_answers.py", "answers.csv"),
     ):
         page = placed(marker)
         if page and (HERE / "results" / name).exists():

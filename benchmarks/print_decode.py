@@ -34,8 +34,8 @@ def read(file: Path) -> list[Row]:
 
 
 def is_dense(row: Row) -> bool:
-    """Whether a row is a baseline over a whole dense cache."""
-    return not str(row["method"]).startswith("ours") and "thin" not in str(row["method"])
+    """Whether a row is a baseline over a whole dense cache of 16-bit numbers."""
+    return not str(row["method"]).startswith("ours") and not any(word in str(row["method"]) for word in ("thin", "fp8"))
 
 
 def measured_on(row: Row) -> str:

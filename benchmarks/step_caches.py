@@ -6,6 +6,7 @@ as often as the batch needs, each copy at a place of its own, so that a step rea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,12 @@ def artifact_of(geometry: Geometry, keys: Slabs, values: Slabs) -> Artifact:
             tensors[f"layers.{i}.visual.{side}_spectrum"] = torch.logspace(0, -2, layer.head_dim).repeat(layer.kv_heads, 1)
     plan = {i: [HeadPlan(keys, values)] * geometry.layers[i].kv_heads for i in geometry.compressible}
     return Artifact(geometry, Method(fallback_factor=0.0, prior_tokens=0), tensors | plan_tensors(plan), {}, {})
+
+
+def with_text(artifact: Artifact) -> Artifact:
+    """The same artifact for `--span all`: text is coded in the bases of images."""
+    tensors = {name.replace(".visual.", ".text."): x.clone() for name, x in artifact.tensors.items() if ".visual." in name}
+    return replace(artifact, method=replace(artifact.method, span="all"), tensors=artifact.tensors | tensors)
 
 
 def random_kv(geometry: Geometry, index: int, batch: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from step_caches import DENSE, FixedLayer, artifact_of, dense_attention, fill_many, fill_ours, random_kv
+from step_caches import DENSE, FixedLayer, artifact_of, dense_attention, fill_many, fill_ours, random_kv, with_text
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LogitsProcessor, StaticCache
 from transformers.cache_utils import Cache
@@ -151,9 +151,10 @@ class Bench:
                 del recorder
         return min(found), cache_bytes(cache).stored
 
-    def ours(self, plan: tuple[Any, Any], graphs: bool, copied: bool = False) -> tuple[float, int]:
+    def ours(self, plan: tuple[Any, Any], graphs: bool, copied: bool = False, span: str = "visual") -> tuple[float, int]:
         """Through `enable`; `copied` codes `CODED_ROWS` rows and writes them out for the batch, a multiple of these."""
-        with enable(self.model, artifact_of(self.geometry, Slabs(*plan[0]), Slabs(*plan[1])), graphs=graphs) as enabled:
+        artifact = artifact_of(self.geometry, Slabs(*plan[0]), Slabs(*plan[1]))
+        with enable(self.model, with_text(artifact) if span == "all" else artifact, graphs=graphs) as enabled:
             cache = enabled.new_cache()
             if copied:
                 fill_many(cache, self.geometry, self.batch, self.tokens, self.like, CODED_ROWS)

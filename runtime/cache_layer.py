@@ -53,6 +53,7 @@ class RotateKLayer(CacheLayerMixin):
         self.index, self.artifact, self.state, self.backend, self.coder = index, artifact, state, backend, coder
         self.logical_length = 0
         self.real = np.zeros(0, dtype=np.int64)  # [B] tokens of each row, padding left out
+        self.selected = 0  # how often rows had been selected at the last call
         self.tail = 0  # newest columns that are text in every row: those a caller may crop while they are raw
         self.held_queries: dict[int, Tensor] = {}  # row -> newest queries [Hkv, G, T, D] of the calls that brought what it holds
         self.held_before: dict[int, BeforeRope] = {}  # row -> what it holds, before RoPE, for coders that ask
@@ -116,8 +117,9 @@ class RotateKLayer(CacheLayerMixin):
         if self.logical_length > 0:
             if any(self.store.held):
                 self._finish([row for row in range(batch) if row not in step.going_on])
-            if not self.state.keeps_text:
+            if not self.state.keeps_text and not (appended and self.text_stays()):
                 self._retire()
+            self.selected = self.segments.store.selected
         self.logical_length += length
         self.real += length if appended else [step.tokens(row) for row in range(batch)]
         if appended:
@@ -132,6 +134,14 @@ class RotateKLayer(CacheLayerMixin):
         self.real += tokens
         self.tail += tokens
         self.segments.store.window.host += tokens
+
+    def text_stays(self) -> bool:
+        """Whether text that is appended to every row alike stays in the windows, however much it becomes.
+
+        Raw text takes the same bytes there as outside, and moving it takes the host as long as many steps. Text that is to be coded
+        leaves. So does that of rows that were selected since the last call, as beams are: they copy windows, and share what is outside.
+        """
+        return self.blocks is None and self.segments.store.selected == self.selected
 
     # -- storing ----------------------------------------------------------------------------------------------------------------
 
@@ -319,7 +329,8 @@ class RotateKLayer(CacheLayerMixin):
     def _retire(self) -> None:
         """Move the oldest text out of windows that are a block over their size; the newest `window` tokens always stay raw.
 
-        Runs before a call's tokens are appended, so what a caller may still crop (at most the window) is never coded.
+        Runs before a call's tokens are appended, so what a caller may still crop (at most the window) is never coded. Calls that append
+        text to every row alike may leave it out (`text_stays`); before others it must run, or rows' windows would differ ever more.
         """
         store = self.store
         blocks = np.maximum(store.window.host - self.prepared.method.window, 0) // BLOCK * BLOCK
@@ -406,7 +417,7 @@ class RotateKLayer(CacheLayerMixin):
         return [*self.store.tensors().values(), *self.held_queries.values(), *(x for part in parts for x in part)]
 
     def reset(self) -> None:
-        self.logical_length, self.tail, self.is_initialized = 0, 0, False
+        self.logical_length, self.tail, self.selected, self.is_initialized = 0, 0, 0, False
         self.held_queries, self.held_before = {}, {}
         if self.spans is not None:
             self.spans.select_rows(())  # the backend knows them too, until the next call makes another

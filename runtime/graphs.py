@@ -1,9 +1,9 @@
 """Decoding steps captured in CUDA graphs: at small batches the host takes longer to launch a step than the GPU to run it.
 
-Between two changes of a cache's structure (text leaves the windows, rows are selected, images arrive) a step of one token per row does
-the same launches every time; only lengths differ, and these are on the device. So such a step is captured once and replayed; it reads
-nothing on the host. Windows get room for a stretch of tokens first, and keep their text; when it is used up one step runs as usual, text
-leaves the windows, and the next stretch is captured.
+Between two changes of a cache's structure (windows grow, text leaves them, rows are selected, images arrive) a step of one token per row
+does the same launches every time; only lengths differ, and these are on the device. So such a step is captured once and replayed; it reads
+nothing on the host. Windows get room for a stretch of tokens first, and keep their text; when it is used up they get more while one step
+runs as usual, after another one in which text that is to be coded leaves them, and the next stretch is captured.
 
 Considered and left: pools, tables and work lists of fixed size, so that one graph lasts for ever, which would read padding in every step
 and allocate for the longest answer; and `torch.compile`, which would compile anew for every model.
@@ -165,9 +165,12 @@ class DecodeGraphs:
         if history.captured is not None:
             if history.captured.fits(call):
                 return self._replayed(history.captured, call)
-            # as a rule the room is used up: this step runs as usual, and text leaves the windows
-            self.histories[cache] = History(call.selected, STEADY - 1, earlier=history.captured.recorder)
-            return None
+            # as a rule the room is used up: where text stays in the windows they get more at once, else this step runs as usual, and
+            # text leaves them
+            stays = call.selected == history.selected and all(layer.text_stays() for layer in call.layers)
+            self.histories[cache] = history = History(call.selected, STEADY - 1, earlier=history.captured.recorder)
+            if not stays:
+                return None
         if (selected := call.selected) != history.selected or (history.lengths is not None and history.structure != call.structure):
             self.histories[cache] = History(selected, earlier=history.earlier)
             return None

@@ -116,7 +116,7 @@ def _without_slack(window: Window) -> Tensor:
 
 
 def most_slack(prepared: PreparedLayer) -> int:
-    """Tokens of room that a window may have beyond what it holds: it holds a few blocks over its size at most before it gives some away."""
+    """Tokens of room that a saved window may have beyond what it holds."""
     return prepared.method.window + 4 * BLOCK
 
 

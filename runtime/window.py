@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WINDOW_STEP = 32  # tokens by which the buffer grows
+WINDOW_STEP = 32  # tokens by which the buffer grows at least
+GROWTH = 8  # a row that goes on growing gets room for this part of what it holds, so that a long answer is not copied every few steps
+MOST_SLACK = 512  # tokens of room that stay when text has left: two captured stretches (graphs.py)
 
 
 class Window:
@@ -37,7 +39,9 @@ class Window:
 
     def grow(self, tokens: int) -> None:
         """Count so many new tokens at the end of every row; whoever attends to them writes them (`Backend.decode`)."""
-        self.reserve(tokens)
+        longest = int(self.host.max(initial=0))
+        if longest + tokens > self.buffer.shape[3]:
+            self._reserve(longest + max(tokens, longest // GROWTH))
         self.host += tokens
         self.lengths += tokens
 
@@ -65,6 +69,9 @@ class Window:
         self.buffer[:, index, :, : end - tokens] = self.buffer[:, index, :, tokens:end].clone()
         self.host[list(rows)] -= tokens
         self.lengths[index] -= tokens
+        used = -(-int(self.host.max()) // WINDOW_STEP) * WINDOW_STEP
+        if self.buffer.shape[3] - used > MOST_SLACK:
+            self.buffer = self.buffer[:, :, :, :used].clone()
 
     def _index(self, rows: Sequence[int]) -> slice | Tensor:
         """All rows as a slice, which copies nothing."""

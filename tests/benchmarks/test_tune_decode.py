@@ -8,9 +8,10 @@ import pytest
 import torch
 import tune_decode
 from decode_cases import Case, make_layer
+from step_caches import QUESTION
 
 from rotatek_compile.kernels.decode_tuning import Tuning
-from rotatek_compile.kernels.table import Kind
+from rotatek_compile.kernels.table import KIND, LENGTH, Kind
 
 
 @pytest.fixture
@@ -54,24 +55,34 @@ def test_settings_make_the_plan(on_the_cpu, monkeypatch):
 
 
 @torch.no_grad()
-def test_text_that_leaves_is_coded_and_attended(monkeypatch, capsys):
-    """A block leaves every window, raw or coded, and the layer still attends to everything."""
-    model = bench_retire.model_of_one_layer(True, torch.device("cpu"))
-    for span, kind in (("visual", Kind.DENSE), ("all", Kind.CODED)):
-        seen = []
+@pytest.mark.parametrize(("span", "blocks"), [("visual", [32, 256]), ("all", [64, 256])])
+def test_text_has_room_or_leaves_and_is_attended(monkeypatch, span, blocks):
+    """Raw text stays in windows that get room for a block, text that is coded leaves them; the layer still attends to everything."""
+    model, seen = bench_retire.model_of_one_layer(True, torch.device("cpu")), []
 
-        class Seen(bench_retire.Bench):
-            def retire(self, seen=seen):
-                super().retire()
-                seen.append((self.layer.store.window.host.tolist(), set(self.layer.store.table[:, 0, -1, 0].tolist())))
+    class Seen(bench_retire.Bench):
+        def retire(self, block):
+            before = self.layer.store.window.host.tolist()
+            super().retire(block)
+            window, table = self.layer.store.window, self.layer.store.table
+            seen.append(
+                (before[0], window.host.tolist(), window.buffer.shape[3], int(table[..., LENGTH].sum()), set(table[:, 0, -1, KIND]))
+            )
 
-        monkeypatch.setattr(bench_retire, "Bench", Seen)
-        rows = bench_retire.rows_at(model, 2, 200, span, rounds=1)
-        assert [row["block"] for row in rows] == [64, 256] and all(row["error"] < 1e-5 for row in rows)
-        assert all(windows == [128, 128] and kinds == {int(kind)} for windows, kinds in seen)
-        monkeypatch.undo()
+    monkeypatch.setattr(bench_retire, "Bench", Seen)
+    rows = bench_retire.rows_at(model, 2, 200, span, rounds=1)
+    assert [row["block"] for row in rows] == blocks and all(row["error"] < 1e-5 for row in rows)
+    stored = 0
+    for number, (before, windows, room, tokens, kinds) in enumerate(seen):
+        block = blocks[number // (len(seen) // 2)]
+        assert windows == [128, 128] and kinds == {int(Kind.CODED)}
+        if span == "visual":
+            assert before == 128 and room == 128 + block and tokens == 2 * 2 * (200 - QUESTION)
+        else:
+            assert before == 128 + block and tokens > stored
+        stored = tokens
     monkeypatch.setattr(bench_retire.Bench, "error", lambda self: 1.0)
-    with pytest.raises(SystemExit, match="after text has left"):
+    with pytest.raises(SystemExit, match="error 1.00e"):
         bench_retire.rows_at(model, 1, 200, "visual", rounds=1)
 
 

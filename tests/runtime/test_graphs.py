@@ -13,6 +13,7 @@ from transformers.models.llama import modeling_llama
 
 from rotatek_compile.geometry import geometry_of
 from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.kernels.table import KIND, Kind
 from rotatek_compile.plan import HeadPlan
 from rotatek_compile.runtime import graphs
 from rotatek_compile.runtime.backends import TorchBackend
@@ -106,12 +107,22 @@ def test_the_same_answers(model, ragged, enabled, generate, check_equal, span, r
         assert (layer.store.window.host == layer.store.window.lengths.numpy()).all()
 
 
-def test_text_leaves_windows_between_stretches(model, ragged, enabled, generate):
+def test_coded_text_leaves_windows_between_stretches(model, ragged, enabled, generate):
     """However long the stretch, what is raw is bounded by it."""
-    with enabled(span="visual"):
+    with enabled(span="all", ranks=32):
         got = generate(model, ragged, 150)
     window = got.cache.layers[0].store.window.host
     assert (window >= 32).all() and (window < 32 + 64 + 24 + 8).all()
+
+
+def test_raw_text_stays_and_the_next_stretch_begins_at_once(model, ragged, enabled, generate):
+    """One ordinary step between two stretches, in which windows get room; nothing leaves them."""
+    with enabled():
+        got = generate(model, ragged, 150)
+    for layer in got.cache.layers:
+        assert not (layer.store.table[..., KIND] == int(Kind.DENSE)).any()
+    replays = [recorder.replays for recorder in Rerun.made]
+    assert len(replays) == 5 and sum(replays) + len(replays) - 1 == 149 - 3, replays  # three steps before the first
 
 
 def next_tokens(model, cache, ids, count):
