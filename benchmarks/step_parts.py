@@ -18,6 +18,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,10 @@ def measured(options: argparse.Namespace) -> Rows:
     """All rows.
 
     Raises:
-        UsageError: a point whose batch is `full`.
+        UsageError: a point whose batch is `full`; a package that is missing.
     """
+    if options.liger and find_spec("liger_kernel") is None:
+        raise UsageError("--liger needs the package liger-kernel; install it, or leave --liger away")
     points = SMALL_POINTS if options.small else options.points
     if any(not point.split("x")[0].isdigit() for point in points):
         raise UsageError("a point needs a batch here; bench_steps.py prints the largest that fits")

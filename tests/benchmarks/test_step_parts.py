@@ -82,6 +82,24 @@ def test_small_run(tmp_path, capsys):
         main(["--points", "fullx64"])
 
 
+def test_the_models_of_another_package(monkeypatch, capsys):
+    """--liger replaces parts before a model is made, and its rows say so; without the package a sentence does."""
+    seen = []
+    monkeypatch.setattr(step_parts, "random_model", lambda config, device: seen.append("made") or torch.nn.Linear(1, 1))
+    monkeypatch.setattr(step_parts, "fused", lambda title: seen.append(title) or f"{title}, liger-kernel")
+    monkeypatch.setattr(step_parts, "profiled", lambda name, *_: [{"model": name}])
+    monkeypatch.setattr(step_parts, "show_table", lambda options, measure, _: print(*(row["model"] for row in measure(options))))
+    ask = ["--small", "--models", "qwen3-vl-4b"]
+    monkeypatch.setattr(step_parts, "find_spec", lambda name: name == "liger_kernel")
+    assert main(ask) == 0 and seen == ["made"] and capsys.readouterr().out == "qwen3-vl-4b\n"
+    seen.clear()
+    assert main([*ask, "--liger"]) == 0 and seen == ["qwen3-vl-4b", "made"]
+    assert capsys.readouterr().out == "qwen3-vl-4b, liger-kernel\n"
+    monkeypatch.setattr(step_parts, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--liger needs the package liger-kernel"):
+        main([*ask, "--liger"])
+
+
 def test_table_adds_up():
     row = {"device": "a GPU", "torch": "2", "transformers": "5", "model": "m", "point": "2x64", "batch": 2, "tokens": 64}
     rows = []
