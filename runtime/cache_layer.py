@@ -53,7 +53,6 @@ class RotateKLayer(CacheLayerMixin):
         self.index, self.artifact, self.state, self.backend, self.coder = index, artifact, state, backend, coder
         self.logical_length = 0
         self.real = np.zeros(0, dtype=np.int64)  # [B] tokens of each row, padding left out
-        self.selected = 0  # how often rows had been selected at the last call
         self.tail = 0  # newest columns that are text in every row: those a caller may crop while they are raw
         self.held_queries: dict[int, Tensor] = {}  # row -> newest queries [Hkv, G, T, D] of the calls that brought what it holds
         self.held_before: dict[int, BeforeRope] = {}  # row -> what it holds, before RoPE, for coders that ask
@@ -119,7 +118,6 @@ class RotateKLayer(CacheLayerMixin):
                 self._finish([row for row in range(batch) if row not in step.going_on])
             if not self.state.keeps_text and not (appended and self.text_stays()):
                 self._retire()
-            self.selected = self.segments.store.selected
         self.logical_length += length
         self.real += length if appended else [step.tokens(row) for row in range(batch)]
         if appended:
@@ -139,9 +137,14 @@ class RotateKLayer(CacheLayerMixin):
         """Whether text that is appended to every row alike stays in the windows, however much it becomes.
 
         Raw text takes the same bytes there as outside, and moving it takes the host as long as many steps. Text that is to be coded
-        leaves. So does that of rows that were selected since the last call, as beams are: they copy windows, and share what is outside.
+        leaves.
         """
-        return self.blocks is None and self.segments.store.selected == self.selected
+        return self.blocks is None
+
+    def share_text(self) -> None:
+        """Move raw text out before windows are copied (beams, forks, files): copies share what is outside."""
+        if self.is_initialized and self.text_stays():
+            self._retire()
 
     # -- storing ----------------------------------------------------------------------------------------------------------------
 
@@ -396,6 +399,7 @@ class RotateKLayer(CacheLayerMixin):
             self._select_rows(indices.tolist())
 
     def _select_rows(self, rows: list[int]) -> None:
+        self.share_text()
         self.store.select_rows(rows)
         self.real = self.real[rows]
         self.held_queries = {new: self.held_queries[old] for new, old in enumerate(rows) if old in self.held_queries}
@@ -417,7 +421,7 @@ class RotateKLayer(CacheLayerMixin):
         return [*self.store.tensors().values(), *self.held_queries.values(), *(x for part in parts for x in part)]
 
     def reset(self) -> None:
-        self.logical_length, self.tail, self.selected, self.is_initialized = 0, 0, 0, False
+        self.logical_length, self.tail, self.is_initialized = 0, 0, False
         self.held_queries, self.held_before = {}, {}
         if self.spans is not None:
             self.spans.select_rows(())  # the backend knows them too, until the next call makes another

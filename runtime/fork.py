@@ -23,8 +23,12 @@ POOLS = ("codes", "scales", "own_means", "own_bases")
 def fork(cache: Cache) -> Any:
     """A copy of a compressed cache that shares its pools; both go on independently, as copies of one sequence would.
 
-    A fork that codes text of its own (its window overflows) gets pools of its own then. Layers that keep their stock cache are copied.
+    Raw text of a long answer leaves the cache's windows first, so that it is shared. A fork that codes text of its own (its window
+    overflows) gets pools of its own then. Layers that keep their stock cache are copied.
     """
+    for layer in cache.layers:
+        if isinstance(layer, RotateKLayer):
+            layer.share_text()
     shared = [one for layer in cache.layers if isinstance(layer, RotateKLayer) and layer.is_initialized for one in _unchanging(layer)]
     return copy.deepcopy(cache, {id(one): one for one in shared})
 

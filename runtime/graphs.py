@@ -117,11 +117,19 @@ class Captured:
 
     def fits(self, call: Call) -> bool:
         """Whether this is that call's step: the same structure, shapes and settings, and room in the windows."""
+        return self._is_of(call) and not self._no_room(call)
+
+    def is_full(self, call: Call) -> bool:
+        """Whether it would be that call's step if there were room in the windows."""
+        return self._is_of(call) and self._no_room(call)
+
+    def _is_of(self, call: Call) -> bool:
         shapes, before = ({name: (x.shape, x.dtype) for name, x in some.items()} for some in (call.static, self.static))
+        return call.kept == self.kept and shapes == before and call.structure == self.structure
+
+    def _no_room(self, call: Call) -> bool:
         window = call.layers[0].segments.store.window
-        return bool(
-            call.kept == self.kept and shapes == before and call.structure == self.structure and window.host.max() < window.keys.shape[2]
-        )
+        return bool(window.host.max() >= window.keys.shape[2])
 
 
 @dataclass(slots=True)
@@ -167,7 +175,7 @@ class DecodeGraphs:
                 return self._replayed(history.captured, call)
             # as a rule the room is used up: where text stays in the windows they get more at once, else this step runs as usual, and
             # text leaves them
-            stays = call.selected == history.selected and all(layer.text_stays() for layer in call.layers)
+            stays = history.captured.is_full(call) and all(layer.text_stays() for layer in call.layers)
             self.histories[cache] = history = History(call.selected, STEADY - 1, earlier=history.captured.recorder)
             if not stays:
                 return None

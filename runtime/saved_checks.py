@@ -32,7 +32,8 @@ from ..kernels.table import (
 )
 from ..untrusted import shown
 from .prepared import PreparedLayer
-from .saved_layer import MONITOR, SIDES, LayerState, most_slack
+from .saved_layer import MONITOR, SIDES, LayerState
+from .window import most_slack
 
 AGAIN = "save the cache again"
 MAX_ROWS = 1 << 16  # sequences of one cache
@@ -74,7 +75,7 @@ def check_numbers(numbers: Any, prepared: PreparedLayer, common: Common, where: 
     """
     refuse(isinstance(numbers, dict), where, f"is {shown(numbers)}, expected an object")
     refuse(whole(last := numbers.get("last_id")), where, f"last_id is {shown(last)}")
-    refuse(whole(slack := numbers.get("slack"), most_slack(prepared)), where, f"slack is {shown(slack)}")
+    refuse(whole(slack := numbers.get("slack")), where, f"slack is {shown(slack)}")
     starts = numbers.get("calibrated")
     good = isinstance(starts, list) and all(isinstance(pair, list) and len(pair) == 2 and all(map(whole, pair)) for pair in starts)
     refuse(good and len(starts) <= 2 * len(prepared.kinds), where, f"calibrated is {shown(starts)}, expected pairs of matrix and place")
@@ -189,6 +190,8 @@ def check_state(state: LayerState, prepared: PreparedLayer, common: Common, wher
     refuse(size % POOL_STEP == 0, where, f"pool codes has {size} bytes, no multiple of {POOL_STEP}")
     capacity, longest = tensors["window"].shape[3], int(tensors["window_lengths"].max())
     refuse(longest == capacity, where, f"the longest window holds {longest} tokens, its buffer {capacity}")
+    slack = numbers["slack"]  # room that the file does not hold
+    refuse(slack <= most_slack(longest), where, f"slack is {slack}, {most_slack(longest)} at most beside {longest} tokens")
     for number, start in numbers["calibrated"]:
         good = number in _numbers(prepared) and start % UNIT == 0
         good = good and start + prepared.side(number).scale_starts[-1] <= tensors["scales"].numel()

@@ -28,11 +28,10 @@ from torch import Tensor
 
 from ..errors import RotateKError
 from ..kernels.slabs import Slabs
-from ..kernels.table import BLOCK
 from .cache_layer import RotateKLayer
 from .encode import Coordinates
 from .monitor import Monitor
-from .prepared import PreparedLayer, SideBasis
+from .prepared import SideBasis
 from .store import Store
 from .text_blocks import TextBlocks, Writing
 from .window import Window
@@ -63,7 +62,7 @@ def layer_state(layer: RotateKLayer) -> LayerState:
     tensors |= {"table": torch.from_numpy(store.table), "ids": torch.from_numpy(store.ids), "budgeted": torch.from_numpy(store.budgeted)}
     tensors |= {f"monitor.{name}": torch.from_numpy(getattr(store.monitor, name)) for name in MONITOR}
     tensors["window"], tensors["window_lengths"] = _without_slack(store.window), torch.from_numpy(store.window.host)
-    slack = min(store.window.buffer.shape[3] - tensors["window"].shape[3], most_slack(layer.prepared))
+    slack = store.window.buffer.shape[3] - tensors["window"].shape[3]  # at most `most_slack`, or no check would let it in again
     numbers: dict[str, Any] = {
         "last_id": store._last_id,
         "calibrated": [[number, at] for number, at in store.calibrated.items()],
@@ -113,11 +112,6 @@ def _without_slack(window: Window) -> Tensor:
     columns = torch.arange(used.shape[3], device=used.device)
     behind = columns[None, :] >= window.lengths[:, None]
     return used.masked_fill(behind[None, :, None, :, None], 0)
-
-
-def most_slack(prepared: PreparedLayer) -> int:
-    """Tokens of room that a saved window may have beyond what it holds."""
-    return prepared.method.window + 4 * BLOCK
 
 
 def _writing_numbers(row: int, now: Writing, own: bool) -> dict[str, Any]:

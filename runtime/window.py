@@ -10,7 +10,12 @@ from torch import Tensor
 
 WINDOW_STEP = 32  # tokens by which the buffer grows at least
 GROWTH = 8  # a row that goes on growing gets room for this part of what it holds, so that a long answer is not copied every few steps
-MOST_SLACK = 512  # tokens of room that stay when text has left: two captured stretches (graphs.py)
+MOST_SLACK = 512  # tokens of room that stay when there is less text: two captured stretches (graphs.py)
+
+
+def most_slack(longest: int) -> int:
+    """Tokens of room that a window may keep beyond its longest row: at least twice what a row grows by, or every crop would free some."""
+    return max(MOST_SLACK, 2 * (longest // GROWTH))
 
 
 class Window:
@@ -41,7 +46,10 @@ class Window:
         """Count so many new tokens at the end of every row; whoever attends to them writes them (`Backend.decode`)."""
         longest = int(self.host.max(initial=0))
         if longest + tokens > self.buffer.shape[3]:
-            self._reserve(longest + max(tokens, longest // GROWTH))
+            try:
+                self._reserve(longest + max(tokens, longest // GROWTH))
+            except torch.OutOfMemoryError:
+                self._reserve(longest + tokens)
         self.host += tokens
         self.lengths += tokens
 
@@ -69,9 +77,7 @@ class Window:
         self.buffer[:, index, :, : end - tokens] = self.buffer[:, index, :, tokens:end].clone()
         self.host[list(rows)] -= tokens
         self.lengths[index] -= tokens
-        used = -(-int(self.host.max()) // WINDOW_STEP) * WINDOW_STEP
-        if self.buffer.shape[3] - used > MOST_SLACK:
-            self.buffer = self.buffer[:, :, :, :used].clone()
+        self._give_back()
 
     def _index(self, rows: Sequence[int]) -> slice | Tensor:
         """All rows as a slice, which copies nothing."""
@@ -81,6 +87,7 @@ class Window:
         """Forget the newest `tokens` of every row (speculative decoding)."""
         self.host -= tokens
         self.lengths -= tokens
+        self._give_back()
 
     def select_rows(self, rows: np.ndarray) -> None:
         """Keep these rows, in this order, repeats allowed; everything is copied."""
@@ -88,11 +95,18 @@ class Window:
         self.host = self.host[rows]
         self.buffer = self.buffer.index_select(1, index)
         self.lengths = self.lengths.index_select(0, index)
+        self._give_back()
 
     def used_elements(self) -> int:
         """Numbers that belong to tokens; the rest of the buffer is slack."""
         _, _, heads, _, dim = self.buffer.shape
         return int(self.host.sum()) * heads * 2 * dim
+
+    def _give_back(self) -> None:
+        """Free room that is more than `most_slack`."""
+        longest = int(self.host.max(initial=0))
+        if self.buffer.shape[3] - longest > most_slack(longest):
+            self.buffer = self.buffer[:, :, :, : -(-longest // WINDOW_STEP) * WINDOW_STEP].clone()
 
     def _reserve(self, capacity: int) -> None:
         two, batch, heads, have, dim = self.buffer.shape

@@ -130,7 +130,6 @@ def test_all_state_is_known(model, ragged, make_artifact):
         "index", "artifact", "state", "backend", "coder", "logical_length", "real", "tail", "held_queries", "segments", "spans", "blocks",
         "kept", "prepared",
         "held_before",  # of rivals alone, which are not saved
-        "selected",  # counts what happens in this process
     }  # fmt: skip
     assert {name: getattr(layer.segments, name) for name in vars(layer.segments)} == {  # nothing is under way between calls
         "store": layer.store, "prepared": layer.prepared, "begun": [], "_seen": [], "_figures": None,
