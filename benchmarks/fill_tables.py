@@ -54,6 +54,7 @@ def prints() -> dict[tuple[str, str], list[list[str]]]:
             known = [file for file in measured("proof-{}.csv")[:1] if marker == "rival-speed"]
             found[page, marker] = [[script, "--print", name, *(word for file in known for word in ("--results", file))]]
     found["docs/rivals.md", "proof"] = [["print_suite.py", file, "--versus"] for file in measured("proof-{}.csv")]
+    found["docs/rivals.md", "proof-with"] = [["print_suite.py", file, "--versus"] for file in measured("proof-with-{}.csv")]
     found["docs/rivals.md", "palu"] = [["print_suite.py", file] for file in (*measured("palu-{}.csv"), *measured("palu32-{}.csv"))]
     found["docs/rivals.md", "evidence"] = [["print_suite.py", file, "--versus"] for file in measured("evidence-{}.csv")]
     found["docs/rivals.md", "tokens"] = [["bench_tokens.py", "--brief", "--print", "bench_tokens.csv"]]
