@@ -64,8 +64,6 @@ def save_cache(cache: RotateKCache, path: str | Path, *, document: dict[str, Any
     layers = _saveable(cache)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; pass overwrite=True to replace it, or choose another path")
-    for layer in layers:
-        layer.share_text()  # as a fork would: both then go on alike, to the last bit
     states = {layer.index: layer_state(layer) for layer in layers}
     tensors = {f"layers.{i}.{name}": tensor for i, state in states.items() for name, tensor in state.tensors.items()}
     first = layers[0]

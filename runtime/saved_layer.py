@@ -58,6 +58,7 @@ def layer_state(layer: RotateKLayer) -> LayerState:
     store = layer.store
     if store._pending or store._released:
         raise RotateKError("a forward call on this cache did not finish; start a new cache")
+    layer.share_text()  # as for a fork: all of them then go on alike, to the last bit
     tensors = {name: getattr(store, name) for name in POOLS}
     tensors |= {"table": torch.from_numpy(store.table), "ids": torch.from_numpy(store.ids), "budgeted": torch.from_numpy(store.budgeted)}
     tensors |= {f"monitor.{name}": torch.from_numpy(getattr(store.monitor, name)) for name in MONITOR}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rotatek_compile.errors import RotateKError
 from rotatek_compile.runtime import graphs
 from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.backends import TorchBackend
@@ -127,3 +128,13 @@ def test_little_room_is_kept_when_text_leaves(held, kept):
     assert (window.buffer is before) == kept == (room - 96 <= MOST_SLACK)
     assert window.buffer.shape[3] == (room if kept else 96)
     assert torch.equal(window.buffer[:, :, :, :96], expected)
+
+
+def test_a_call_that_failed_is_still_known_when_a_long_answer_is_saved(answered, tmp_path):
+    """Moving its text must not store what the call had begun."""
+    _, cache = answered(200)
+    store = cache.layers[1].store
+    store.add_dense(0, *torch.zeros(2, store.heads, 64, store.dim))
+    with pytest.raises(RotateKError, match="did not finish"):
+        cache.save(tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
