@@ -309,8 +309,8 @@ def test_generation(parse_script):
     def adapter(example):
         parse(reading.Example("docs/generation.md", 0, "inline", f"{example.text} folder"))
 
-    scripts = ("python benchmarks/print_matrix.py --write docs/generation.md", "python benchmarks/bench_steps.py")
-    special = dict.fromkeys(scripts, parse_script) | {"rotatek-run --adapter": adapter}
+    scripts = ("print_matrix.py --write docs/generation.md", "bench_steps.py", "bench_answers.py")
+    special = {f"python benchmarks/{script}": parse_script for script in scripts} | {"rotatek-run --adapter": adapter}
     play("docs/generation.md", {"rotatek": elsewhere, "python block": elsewhere}, special)
 
 
