@@ -20,7 +20,6 @@ steps, divided by that.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import platform
 import sys
@@ -37,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_full_size import random_model  # noqa: E402
 from bench_steps import MODELS, PLANS, SMALL_PLANS, point_of  # noqa: E402
 from decode_timing import clock as sm_clock  # noqa: E402
-from measuring import read_csv  # noqa: E402
+from measuring import read_csv, write_csv  # noqa: E402
 from step_loops import WARM, Bench, now  # noqa: E402
 
 from rotatek_compile.runtime.cache_layer import RotateKLayer
@@ -116,14 +115,6 @@ def tokens_of(rows: list[Row]) -> str:
     return ", ".join(dict.fromkeys(str(row["tokens"]) for row in rows if row["text"]))
 
 
-def save(file: Path, rows: list[Row]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
-
-
 @torch.no_grad()
 def main() -> None:
     """Measure, save, print."""
@@ -158,8 +149,9 @@ def main() -> None:
                     print(f"{title}, {point}, {name} {text}: no time left", flush=True)
                     continue
                 figures = measured(model, point, plans.get(name), text, args)
-                rows.append({"model": title, "point": point, "cache": name, "text": text} | figures | record)
-                save(args.output / "answers.csv", rows)
+                row = {"model": title, "point": point, "cache": name, "text": text} | figures | record
+                rows.append({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()})
+                write_csv(args.output / "answers.csv", rows, COLUMNS)
                 print(f"{title}, {point}, {name} {text}: {figures['step_ms']:.2f}, {figures['answer_ms']:.2f} ms", flush=True)
         del model
     print("\n".join(table(rows)))

@@ -2,9 +2,11 @@
 
 import math
 
+import decode_baselines
 import decode_cases
 import decode_curves
 import decode_timing
+import print_decode
 import pytest
 import torch
 from decode_cases import CONFIGURATIONS, DIM, RAW, SCALING, WINDOW, Case
@@ -93,3 +95,23 @@ def test_layers_take_four_times_the_l2(monkeypatch):
     for count in (1, 3, 8, 9):
         steps = decode_curves.repeated(list(range(count)))
         assert len(steps) == count * math.ceil(8 / count) and steps[:count] == list(range(count))
+
+
+def test_bytes_of_the_baselines():
+    """Thin Keys are 32 of 128 numbers; a cache of 8-bit floats has half of everything, and no ratio is taken to it."""
+    case = Case(2, 1000)
+    assert case.dense_bytes == 2 * 1000 * 8 * 512
+    found = {name: decode_baselines.read_bytes(name, case) for family in decode_baselines.FAMILIES.values() for name in family}
+    assert found == {
+        "FlexAttention": 8_192_000,
+        "FlexAttention thin K 32": 5_120_000,
+        "FlashInfer fa2": 8_192_000,
+        "FlashInfer fa3": 8_192_000,
+        "FlashInfer fa2 fp8": 4_096_000,
+    }
+    assert [name for name in found if print_decode.is_dense({"method": name})] == ["FlexAttention", "FlashInfer fa2", "FlashInfer fa3"]
+
+
+def test_percentiles_of_replays():
+    assert decode_timing.percentiles([float(n) for n in range(100, -1, -1)]) == (10, 50, 90)
+    assert decode_timing.percentiles([7.0]) == (7, 7, 7)
