@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_decode.py --output benchmarks/results
 
-# Hours: EVIDENCE='--models tiny-qwen3-vl --seeds 0 --documents 9' is a part of it; run again, it goes on where it stopped.
+# An hour or two on four cores, 7 GB for each model. EVIDENCE='--models tiny-qwen3-vl --seeds 0 --documents 9 --jobs 2' is a part of it.
 evidence: $(VENV)/.test
 	$(BIN)/python benchmarks/evidence.py $(EVIDENCE)
 

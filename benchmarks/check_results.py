@@ -2,15 +2,19 @@
 
     python benchmarks/check_results.py benchmarks/results/rivals-tiny-qwen3-vl.csv rerun/results.csv
 
-Rows are the same if mode, method, setting, axis and skill are. Exit status 1 names the rows outside, 2 says that the tables cannot be
-compared. What "within" means:
+Rows are the same if mode, method, setting, axis and skill are; rows of a rival that is trained, if they were asked for the same budget
+instead of the setting, because a training on another machine may keep a few other channels. Exit status 1 names the rows outside, 2 says
+that the tables cannot be compared. What "within" means:
 
 - of as many documents: the rerun's figure lies in the committed interval, to a document for exact match, which has steps of one;
 - of fewer or more documents, nine at least: the two intervals meet. KL is mostly of a few documents, and a bootstrap that has none of those
   is too narrow, so that rows may be outside by chance: compare runs of equal documents where you can;
 - KLs that are both below --negligible nats per answer token agree: they are rounding of another machine;
-- bytes agree to --bytes of themselves, where the documents are as many (they are counted, not estimated).
+- bytes agree to --bytes of themselves, where the documents are as many (they are counted, not estimated); those of a trained rival may
+  be fewer, and more as long as they are within the budget that it was asked for.
 
+A budget at which a trained rival keeps what it keeps at the next larger one has no row of its own (methods.distinct); the larger one's
+stands for it. What trained rivals keep otherwise than committed is said, and is no error.
 A row that one table lacks is named, and is an error unless --some allows a part of the committed rows to be missing. Skills have too few
 documents each for intervals to mean much, and are compared with --skills alone.
 """
@@ -19,11 +23,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rotatek_compile.errors import RotateKError
+from rotatek_compile.names import LEARNED
+from rotatek_compile.runtime.rivals.registry import RIVALS
 from rotatek_compile.suite import ALL, read_results
 
 Row = dict[str, str]
@@ -32,6 +38,7 @@ NEGLIGIBLE_KL = 1e-5
 BYTES = 0.002
 FEWEST = 9
 NAMES = ("ask", "method", "setting", "axis", "skill")
+ASKED = ("requested_budget", "key_budget", "keep_ratio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +49,31 @@ class Tolerance:
     bytes: float = BYTES
 
 
+def is_trained(row: Row) -> bool:
+    """Whether what the method keeps was learned by gradient steps, which no two machines take alike."""
+    method = row.get("method", "")
+    return method in RIVALS and RIVALS[method].learned in LEARNED
+
+
 def key_of(row: Row) -> Key:
     """What makes a row the same one; older results know one axis."""
-    return tuple(row.get(name) or ("kv" if name == "axis" else "") for name in NAMES)
+    key = [row.get(name) or ("kv" if name == "axis" else "") for name in NAMES]
+    if is_trained(row) and (asked := [f"{name} {float(row[name]):g}" for name in ASKED if row.get(name)]):
+        key[NAMES.index("setting")] = ", ".join(asked)
+    return tuple(key)
+
+
+def stand_in(key: Key, row: Row, table: Mapping[Key, Row]) -> Row | None:
+    """The row of a trained rival at the next larger budget, in a table that has none at the budget of `row`."""
+    if not is_trained(row) or not row.get("requested_budget"):
+        return None
+    wanted, at = float(row["requested_budget"]), NAMES.index("setting")
+    larger = [
+        one
+        for other, one in table.items()
+        if (*other[:at], *other[at + 1 :]) == (*key[:at], *key[at + 1 :]) and float(one.get("requested_budget") or 0) > wanted
+    ]
+    return min(larger, key=lambda one: float(one["requested_budget"]), default=None)
 
 
 def words_of(key: Key) -> str:
@@ -67,11 +96,21 @@ def outside(old: Row, new: Row, tolerance: Tolerance) -> list[str]:
             seen = f"{float(new[name]):.3g}" if same else f"[{least:.3g}, {most:.3g}]"
             found.append(f"{words} {seen}, committed {value:.3g} [{float(old[f'{name}_low']):.3g}, {float(old[f'{name}_high']):.3g}]")
     if same:
-        for part in ("span", "kv"):
-            was, now = float(old[f"{part}_bytes"]), float(new[f"{part}_bytes"])
-            if not abs(now - was) <= tolerance.bytes * max(was, 1.0):
-                found.append(f"{part} bytes {now:.0f}, committed {was:.0f}")
+        found += other_bytes(old, new, tolerance)
     return found
+
+
+def other_bytes(old: Row, new: Row, tolerance: Tolerance) -> list[str]:
+    """In which bytes a rerun of the same documents is not what was committed."""
+    (span, kv), (new_span, new_kv) = ([float(row[f"{part}_bytes"]) for part in ("span", "kv")] for row in (old, new))
+    pairs = [("span", span, new_span), ("kv", kv, new_kv)]
+    if is_trained(old):
+        budget = float(old.get("kv_budget") or 0) * float(old.get("span_bytes_dense") or 0)
+        fits = new_span <= max(span, budget) * (1 + tolerance.bytes)
+        pairs = [("span", span, span if fits else new_span), ("kv without span", kv - span, new_kv - new_span)]
+    return [
+        f"{part} bytes {now:.0f}, committed {was:.0f}" for part, was, now in pairs if not abs(now - was) <= tolerance.bytes * max(was, 1.0)
+    ]
 
 
 def compare(old: Sequence[Row], new: Sequence[Row], tolerance: Tolerance, skills: bool = False) -> tuple[list[str], list[str], int]:
@@ -89,12 +128,22 @@ def compare(old: Sequence[Row], new: Sequence[Row], tolerance: Tolerance, skills
     if counts[0] != counts[1] and min(counts) < FEWEST:
         raise RotateKError(f"{min(counts)} documents are too few to compare with {max(counts)}; measure {FEWEST} or more, or as many")
     tables = [{key_of(row): row for row in rows if skills or row["skill"] == ALL} for rows in (old, new)]
+    for n in (0, 1):  # of rows as they are, not of those that stand in
+        own = dict(tables[n])
+        tables[n] |= {key: row for key in tables[1 - n] if key not in own and (row := stand_in(key, tables[1 - n][key], own))}
     both = [key for key in tables[0] if key in tables[1]]
     found = [f"{words_of(key)}: {'; '.join(said)}" for key in both if (said := outside(tables[0][key], tables[1][key], tolerance))]
     missing = [
         f"{words_of(key)}: only in the {('committed table', 'rerun')[n]}" for n in (0, 1) for key in tables[n] if key not in tables[1 - n]
     ]
     return found, missing, len(both)
+
+
+def kept_otherwise(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
+    """Trained rivals whose setting is another than the committed one's at the same budget, in words."""
+    committed = {key_of(row): row["setting"] for row in old if row["skill"] == ALL}
+    pairs = [(key, committed.get(key), row["setting"]) for row in new if row["skill"] == ALL and is_trained(row) for key in [key_of(row)]]
+    return [f"{words_of(key)}: keeps {now}, committed {was}" for key, was, now in pairs if was is not None and was != now]
 
 
 def main() -> int:
@@ -113,7 +162,9 @@ def main() -> int:
     except RotateKError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join([*found, *missing, f"{count - len(found)} of {count} rows as committed, {len(missing)} in one table only"]))
+    for line in (*found, *missing, *kept_otherwise(*tables)):
+        print(line)
+    print(f"{count - len(found)} of {count} rows as committed, {len(missing)} in one table only")
     return int(bool(found) or not count or (bool(missing) and not args.some))
 
 

@@ -1,11 +1,11 @@
 """Train LeanK's scales (rotatek_compile/learn_leank.py) on a model and write the file that rotatek-eval --learned takes.
 
-    python benchmarks/learn_leank.py --model tiny-llava-next --calib mixed --num-samples 144 --ratios 0.5 0.25 0.125 0.0625 0.03125 \\
-        --output leank-tiny-llava-next.safetensors
+    python benchmarks/learn_leank.py --model tiny-llava-next --calib mixed --num-samples 144 --output leank-tiny-llava-next.safetensors
     rotatek-eval ARTIFACT --data mixed --suite proof --learned leank-tiny-llava-next.safetensors --output DIR
 
-Losses are printed: errors of the hidden states, each the mean over a twentieth of the steps. Documents are those that rotatek-compile
-reads with the same --calib, --num-samples and --seed.
+Without --ratios masks are trained at ten, those of the committed results: the shares of channels that the suite asks for lie between the
+halves of halves (docs/rivals.md). Losses are printed: errors of the hidden states, each the mean over a twentieth of the steps. Documents
+are those that rotatek-compile reads with the same --calib, --num-samples and --seed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from rotatek_compile.learn_leank import BINARY_RATE, BINARY_STEPS, RATE, STEPS, 
 from rotatek_compile.learned import save_learned
 from rotatek_compile.models import checked_geometry, choose_device, choose_dtype, load_config, pinned, resolve
 from rotatek_compile.runtime.rivals.leank_learned import tensors_of
+
+RATIOS = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 3 / 32, 1 / 16, 3 / 64, 1 / 32, 1 / 64)
 
 
 def train(args: argparse.Namespace) -> Losses:
@@ -70,7 +72,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calib", default="mixed")
     parser.add_argument("--num-samples", type=int, default=144)
-    parser.add_argument("--ratios", type=float, nargs="*", default=[0.5, 0.25, 0.125, 0.0625, 0.03125])
+    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -69,6 +69,63 @@ def test_rows_are_matched_by_what_they_are():
         compare(old, [row(samples=8)], Tolerance())
 
 
+def trained(asked, setting, span=3000.0, **about):
+    """Of a rival that learns, asked for a share of 8,000 bytes."""
+    asked = {"requested_budget": str(asked), "kv_budget": str(asked), "span_bytes_dense": "8000"}
+    return row(method="leank-learned", setting=setting, span=span, **asked, **about) | {"kv_bytes": str(span + 500)}
+
+
+def test_rows_of_a_trained_rival_are_known_by_what_was_asked_for():
+    old = [trained(0.5, "640 channels"), trained(0.25, "224 channels", span=1900.0)]
+    new = [trained(0.5, "672 channels", span=3900.0), trained(0.25, "192 channels", span=1500.0)]
+    assert compare(old, new, Tolerance()) == ([], [], 2)
+    assert check_results.kept_otherwise(old, new) == [
+        "after: leank-learned (requested_budget 0.5): keeps 672 channels, committed 640 channels",
+        "after: leank-learned (requested_budget 0.25): keeps 192 channels, committed 224 channels",
+    ]
+    assert check_results.kept_otherwise(old, old) == []
+    found, _, _ = compare(old, [new[0], trained(0.25, "192 channels", span=1500.0, kl=(1, 1, 1))], Tolerance())
+    assert found == ["after: leank-learned (requested_budget 0.25): KL per token 1, committed 0.1 [0.05, 0.2]"]
+    named = [row(setting=words, requested_budget="0.5") for words in ("x", "y")]  # not trained: known by the setting
+    assert compare(named[:1], named[1:], Tolerance())[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("span", "rest", "said"),
+    [
+        (4008.0, 500.0, []),  # within the half that was asked for
+        (4020.0, 500.0, ["span bytes 4020, committed 3000"]),
+        (float("nan"), 500.0, ["span bytes nan, committed 3000", "kv without span bytes nan, committed 500"]),
+        (10.0, 500.0, []),
+        (3000.0, 600.0, ["kv without span bytes 600, committed 500"]),  # a window that it had not
+    ],
+)
+def test_bytes_of_a_trained_rival_stay_within_its_budget(span, rest, said):
+    new = trained(0.5, "672 channels", span=span) | {"kv_bytes": str(span + rest)}
+    assert outside(trained(0.5, "640 channels"), new, Tolerance()) == said
+
+
+def test_a_trained_rival_may_take_what_it_took_above_its_budget():
+    committed = trained(0.25, "640 channels")  # short images cost more
+    assert outside(committed, trained(0.25, "x", span=3000.0), Tolerance()) == []
+    assert outside(committed, trained(0.25, "x", span=3010.0), Tolerance()) == ["span bytes 3010, committed 3000"]
+
+
+def test_the_next_larger_budget_stands_for_one_of_equal_setting():
+    old = [trained(0.5, "640"), trained(0.25, "224", span=1500.0), trained(0.125, "64", span=900.0)]
+    new = [trained(0.5, "640"), trained(0.125, "64", span=900.0)]  # at 0.25 it kept 640, too
+    found, missing, count = compare(old, new, Tolerance())
+    assert count == 3 and not missing and found == ["after: leank-learned (requested_budget 0.25): span bytes 3000, committed 1500"]
+    assert compare(new, old, Tolerance()) == ([], [], 3)  # and the other way round, where it takes less
+    assert compare(old, new[1:], Tolerance())[1] == [  # nothing larger is left
+        f"after: leank-learned (requested_budget {asked}): only in the committed table" for asked in (0.5, 0.25)
+    ]
+    other = [trained(0.5, "640", axis="keys"), new[1]]  # another axis stands for nothing
+    assert "after: leank-learned (requested_budget 0.25): only in the committed table" in compare(old, other, Tolerance())[1]
+    plain = [row(setting=words, requested_budget=asked, kv_budget=asked) for words, asked in (("x", "0.5"), ("y", "0.25"))]
+    assert compare(plain, plain[:1], Tolerance())[1] == ["after: int4 (y): only in the committed table"]
+
+
 def write(file, rows):
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))

@@ -5,6 +5,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import check_figures
 import evidence
 import pytest
 
@@ -29,7 +30,7 @@ def changed(**values):
     ],
 )
 def test_figures_outside(new, same, said):
-    assert evidence.outside(changed(), changed(**new), same) == said
+    assert check_figures.outside(changed(), changed(**new), same) == said
 
 
 @pytest.fixture
@@ -40,7 +41,8 @@ def played(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RESULTS", results)
     seen = []
 
-    def run(command, check=False, stdout=None):
+    def run(command, check=False, stdout=None, stderr=None, env=None):
+        run.threads.add((env or {}).get("OMP_NUM_THREADS"))
         words = [Path(word).name if word.startswith("/") else word for word in command]
         seen.append(words)
         for option in ("-o", "--output"):
@@ -51,9 +53,12 @@ def played(tmp_path, monkeypatch):
                 names = {"rotatek-compile": "rotatek_config.json", "rotatek-eval": "documents.jsonl"}
                 name = names.get(words[0], "rotation-tiny.json" if "bench_rotation.py" in words else "subspaces.json")
                 (target / name).write_text(json.dumps(changed(num_samples=1) | {"num_samples": 1}))
-        return subprocess.CompletedProcess(command, run.status.get(next((w for w in words if w in run.status), ""), 0))
+        status = run.status.get(next((w for w in words if w in run.status), ""), 0)
+        if status and stdout is not None:
+            stdout.write("much\nno room\n")
+        return subprocess.CompletedProcess(command, status)
 
-    run.status = {}
+    run.status, run.threads = {}, set()
     monkeypatch.setattr(subprocess, "run", run)
 
     def play(*only, **more):
@@ -65,20 +70,21 @@ def played(tmp_path, monkeypatch):
             "num_samples": 4,
             "documents": 3,
             "device": "cpu",
+            "jobs": 1,
             "work": tmp_path / "work",
         }
         return evidence.Evidence(argparse.Namespace(**(options | {"only": only, "save": False} | more))).all(), list(seen)
 
-    play.status, play.results = run.status, results
+    play.status, play.results, play.threads, play.seen = run.status, results, run.threads, seen
     return play
 
 
 def test_the_suite_over_all_seeds(played, capsys):
     ended, seen = played("suite")
     python = Path(evidence.sys.executable).name
-    assert ended == 0 and [words[0] for words in seen] == ["rotatek-compile", "rotatek-compile", python, python, "rotatek-eval"]
-    assert [words[words.index("--seed") + 1] for words in seen[:4]] == ["0", "5", "0", "0"]  # what rivals learn is of the first seed
-    assert [words[1] for words in seen[2:4]] == ["learn_leank.py", "learn_palu.py"]
+    assert ended == 0 and [words[0] for words in seen] == [python, python, "rotatek-compile", "rotatek-compile", "rotatek-eval"]
+    assert [words[1] for words in seen[:2]] == ["learn_leank.py", "learn_palu.py"]  # the longest first
+    assert [words[words.index("--seed") + 1] for words in seen[:4]] == ["0", "0", "0", "5"]  # what rivals learn is of the first seed
     answered = seen[4]
     assert answered[1] == "tiny-0" and answered[answered.index("--also") + 1] == "tiny-5" and "--resume" not in answered
     learned = [answered[n + 1] for n, word in enumerate(answered) if word == "--learned"]
@@ -118,8 +124,9 @@ def test_figures_that_a_rerun_lacks_are_said(played, capsys):
 
 def test_a_step_that_fails_ends_the_run(played):
     played.status["rotatek-compile"] = 3
-    with pytest.raises(SystemExit, match="compile tiny, seed 0 ended with status 3; what is finished is kept"):
+    with pytest.raises(SystemExit, match="error: compile tiny, seed 0 ended with status 3: no room; what is finished is kept"):
         played("suite")
+    assert sum(words[0] == "rotatek-compile" for words in played.seen) == 1  # the second did not begin
     played.status.update({"fill_tables.py": 1})
     assert played("tables")[0] == 1
 
@@ -130,3 +137,37 @@ def test_what_is_kept_of_another_run_is_not_taken_for_this_one(played):
         played("rotation", documents=9)
     with pytest.raises(SystemExit, match="holds a run with --data mixed"):
         played("suite", data="ours")
+
+
+def test_the_suite_is_divided_among_jobs(played, monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(evidence, "cores", lambda: 6)
+    ended, seen = played("suite", models=["tiny", "other"], jobs=3, documents=9)
+    evaluations = [words for words in seen if words[0] == "rotatek-eval"]
+    assert ended == 0 and played.threads == {"2"}  # cores over jobs
+    shards = sorted((words[1], words[words.index("--shard") + 1]) for words in evaluations if "--shard" in words)
+    assert shards == [(f"{model}-0", f"{n}/3") for model in ("other", "tiny") for n in (1, 2, 3)]
+    assert all("--resume" not in words for words in evaluations if "--shard" in words)
+    assert [words[1] for words in evaluations[6:]] == ["tiny-0", "other-0"]  # put together after all parts
+    assert not any("--shard" in words for words in evaluations[6:])
+
+
+def test_parts_that_were_begun_go_on_as_they_were_divided(played, tmp_path):
+    folder = tmp_path / "work" / "proof-tiny"
+    folder.mkdir(parents=True)
+    (folder / "documents-2-of-5.jsonl").write_text("")
+    _, seen = played("suite", jobs=2, documents=18)
+    parts = {words[words.index("--shard") + 1]: "--resume" in words for words in seen if "--shard" in words}
+    assert parts == {f"{n}/5": n == 2 for n in range(1, 6)}
+    _, seen = played("suite", jobs=2, documents=18)  # together by now
+    assert [words[0] for words in seen] == ["rotatek-eval"] and "--resume" in seen[0] and "--shard" not in seen[0]
+
+
+def test_one_batch_is_not_divided(played):
+    _, seen = played("suite", jobs=4, documents=4)
+    assert [("--shard" in words, "--resume" in words) for words in seen if words[0] == "rotatek-eval"] == [(False, False)]
+
+
+def test_threads_that_were_asked_for_are_kept(played, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert played("rotation", jobs=2)[0] == 0 and played.threads == {"3"}
