@@ -121,7 +121,7 @@ class RotateKCache(Cache):
     def unfinished(self) -> bool:
         """Whether an image may go on in the next call, and is held raw until then."""
         layers = (layer for layer in self.layers if isinstance(layer, RotateKLayer) and layer.is_initialized)
-        return bool(self.state._open or self.state._coming) or any(layer.held_queries or any(layer.store.held) for layer in layers)
+        return bool(self.state._open or self.state._coming) or any(layer.media.queries or any(layer.store.held) for layer in layers)
 
     def finish(self) -> None:
         """The image that was read last is complete: code what is still held raw of it."""
@@ -132,7 +132,7 @@ class RotateKCache(Cache):
             if isinstance(layer, RotateKLayer):
                 layer.state = self.state
                 if layer.is_initialized and any(layer.store.held):
-                    layer._finish(list(range(layer.store.batch)))
+                    layer.finish(range(layer.store.batch))
 
     def kept_tokens(self) -> dict[int, list[list[Tensor]]]:
         """Which tokens of each image are left: by layer and row, in order, int64 [1 or Hkv, n] of the image's tokens, ascending.

@@ -42,7 +42,7 @@ def cache_bytes_of(caches: Iterable[Cache]) -> int:
 def _unchanging(layer: RotateKLayer) -> Iterator[Any]:
     """Everything of a layer that is never written in place."""
     yield from (getattr(layer.store, name) for name in POOLS)
-    yield from layer.held_queries.values()
+    yield from layer.media.queries.values()
     if layer.blocks is not None:
         yield from _of_blocks(layer.blocks)
 

@@ -55,7 +55,7 @@ def read_images(make_artifact, geometry):
             turn = torch.linalg.qr(torch.randn(2, HEADS, DIM, DIM, generator=generator)).Q
             for length in lengths:
                 keys, values = scale * torch.randn(2, HEADS, length, DIM, generator=generator) @ (turn * 0.8 ** torch.arange(DIM)) + 0.5
-                layer._begin(0, "visual", keys, values, None)
+                layer.segments.begin(0, "visual", keys, values, None)
             cache.layers.append(layer)
         return cache
 

@@ -85,7 +85,7 @@ def test_an_image_cut_by_chunks_is_one_segment(model, prompts, make_artifact, si
     for layer in cache.layers:
         assert [segments(layer, row) for row in range(2)] == [[88], [56]]
         assert [segments(layer, row, Kind.DENSE) for row in range(2)] == [[], []]
-        assert layer.held_queries == {}
+        assert layer.media.queries == {}
 
 
 @pytest.mark.parametrize("kv_budget", [None, 0.5])

@@ -127,9 +127,11 @@ def test_all_state_is_known(model, ragged, make_artifact):
     cache = document.cache
     layer = cache.layers[0]
     assert set(vars(layer)) - set(vars(DynamicLayer())) == {
-        "index", "artifact", "state", "backend", "coder", "logical_length", "real", "tail", "held_queries", "segments", "spans", "blocks",
-        "kept", "prepared",
-        "held_before",  # of rivals alone, which are not saved
+        "index", "artifact", "state", "backend", "coder", "logical_length", "real", "tail", "segments", "media", "blocks",
+        "prepared",
+    }  # fmt: skip
+    assert {name: getattr(layer.media, name) for name in vars(layer.media)} == {  # caches that hold an image or drop tokens are not saved
+        "index": layer.index, "segments": layer.segments, "coder": None, "spans": None, "kept": None, "queries": {}, "before": {},
     }  # fmt: skip
     assert {name: getattr(layer.segments, name) for name in vars(layer.segments)} == {  # nothing is under way between calls
         "store": layer.store, "prepared": layer.prepared, "begun": [], "_seen": [], "_figures": None,

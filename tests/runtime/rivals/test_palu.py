@@ -191,16 +191,16 @@ def test_an_image_that_arrives_in_pieces(model, prompts, geometry, make_artifact
                 inputs_embeds=embeds[rows, part], mm_token_type_ids=(ids[rows, part] == 5).long(), position_ids=positions[rows, part],
                 attention_mask=mask[rows, : start + size], past_key_values=parts, use_cache=True,
             )  # fmt: skip
-            held += len(parts.layers[0].held_before)
-            if parts.layers[0].held_before:
-                assert {id(x) for x in parts.layers[0].held_before[0 if 0 in parts.layers[0].held_before else 1].tensors()} <= {
+            held += len(parts.layers[0].media.before)
+            if parts.layers[0].media.before:
+                assert {id(x) for x in parts.layers[0].media.before[0 if 0 in parts.layers[0].media.before else 1].tensors()} <= {
                     id(x) for x in parts.layers[0].tensors()
                 }
                 parts.reorder_cache(torch.tensor([1, 0]))
                 rows = rows[::-1]
     assert held > 1
     for one, other in zip(whole.layers, parts.layers, strict=True):
-        assert other.held_before == {}
+        assert other.media.before == {}
         for row in (0, 1):
             (a,), (b,) = one.spans.rows[row], other.spans.rows[rows.index(row)]
             assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a.rebuild(), b.rebuild(), strict=True))
@@ -221,7 +221,7 @@ def test_others_are_not_affected(model, ragged, geometry, make_artifact):
                 cache = enabled.new_cache(coder)
                 model(**ragged, past_key_values=cache)
                 assert (cache.state.before_rope is None) == (getattr(coder, "name", "") != "palu") and not cache.state.before_rope
-                assert not any(layer.held_before for layer in cache.layers)
+                assert not any(layer.media.before for layer in cache.layers)
     finally:
         spy.remove()
     assert seen == [0, 0, 6, 0] and hooks() == 0
