@@ -46,8 +46,9 @@ from decode_cases import (
 from decode_timing import eager_us, facts, graph_times, graph_us, host_us, multiprocessors, percentiles
 from triton.runtime.errors import OutOfResources
 
-from rotatek_compile.kernels import decode, table
+from rotatek_compile.kernels import decode
 from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.kernels.splits import programs_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 from kernel_caches import Coded, Segment, brute_force, random_cache, random_layout, relative_error  # noqa: E402
@@ -145,7 +146,7 @@ def measure_shape(results: Table, batch: int, tokens: int, count: int, names: Co
         if name not in names:
             continue
         layers = [make_layer(case, key, value, seed) for seed in range(count)]
-        programs = table.programs_for(layers[0].host_table, multiprocessors())
+        programs = programs_for(layers[0].host_table, multiprocessors())
         layers = [layer.planned(programs) for layer in layers]
         size = case.read_bytes(key, value)
         for two_part in (False, True) if name == "r32" else (False,):  # codes have one part

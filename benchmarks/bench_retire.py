@@ -11,8 +11,9 @@ holds one more than its size here. Columns, all for one layer:
 - attend_us: decode attention of one token in a CUDA graph, without the append; append_us: what the append in the launch adds; both from
   the fastest of three turns.
 - block: tokens at once. In plain steps windows get room for 32 at least, and 64 are coded; between two captured stretches up to 256.
-- retire_us: the wall time of that (making room; or encoding, moving, the pool; and the new work list), all rows together, until the GPU is
-  done; busy_us: of this what kernels and copies take on the GPU.
+- retire_us: the wall time of that (encoding, moving, the pool, a new work list; or making room, the mean over an answer of 1,024 tokens,
+  because one work list serves many sizes of windows), all rows together, until the GPU is done; busy_us: of this, or of the first room,
+  what kernels and copies take on the GPU.
 - share: append and retire_us per token, over attention. The target is 0.05 from 134 MB of dense cache per layer up. The table also has the
   share of the GPU's own work, busy_us for retire_us and without the append.
 
@@ -49,6 +50,7 @@ POINTS = ((1, 32768), (8, 4096), (8, 8192), (32, 4096), (8, 32768), (32, 16384))
 KEYS, VALUES = Slabs(0, 32, 0), Slabs(0, 128, 0)
 BLOCKS = {"visual": (32, 256), "all": (64, 256)}
 ROUNDS, TURNS = 4, 3
+ANSWER = 1024  # tokens of raw text over which room is a mean
 LIMIT = 2e-2
 COLUMNS = ("batch", "tokens", "dense_MB", "span", "block", "attend_us", "append_us", "retire_us", "busy_us", "share", "error")
 
@@ -106,12 +108,17 @@ class Bench:
 
     def fill_windows(self, tokens: int) -> None:
         """So many tokens of text in every window, and no room for more."""
-        store, shape = self.layer.store, self.geometry.layers[0]
+        store = self.layer.store
         store.window.trim(max(int(store.window.host.max()) - tokens, 0))
         store.window.buffer = store.window.buffer[:, :, :, :tokens].clone()
+        self.append(tokens)
+
+    def append(self, tokens: int) -> None:
+        """Text in every window, up to so many tokens."""
+        window, shape = self.layer.store.window, self.geometry.layers[0]
         for row in range(self.batch):
-            missing = tokens - int(store.window.host[row])
-            store.window.append_row(row, *(self.random(shape.kv_heads, missing, shape.head_dim) for _ in "kv"))
+            missing = tokens - int(window.host[row])
+            window.append_row(row, *(self.random(shape.kv_heads, missing, shape.head_dim) for _ in "kv"))
 
     def view(self) -> Any:
         return self.layer.store.view(splits=self.layer.backend.needs_splits)
@@ -123,6 +130,16 @@ class Bench:
         else:
             self.layer._retire()
         self.view()
+
+    def room_us(self, window: int, block: int) -> float:
+        """Microseconds of a room for `block` tokens, the mean over an answer in windows that held `window` tokens before it."""
+        self.fill_windows(window)
+        self.view()  # the answer's first step had one
+        walls = []
+        for held in range(window, window + ANSWER, block):
+            walls.append(wall_us(partial(self.retire, block), self.device))
+            self.append(held + block)
+        return sum(walls) / len(walls)
 
     def attend(self, append: bool) -> Tensor:
         """One token's attention, by Triton where there is a GPU; without append its numbers are there already."""
@@ -164,10 +181,14 @@ def rows_at(model: Any, batch: int, tokens: int, span: str, rounds: int = ROUNDS
         bench = Bench(model, cache, batch, tokens)
         for block in BLOCKS[span]:
             walls, busy = [], float("nan")
+            window, act = artifact.method.window, partial(bench.retire, block)
             for number in range(rounds + 2):
-                bench.fill_windows(artifact.method.window + block * (span == "all"))
-                act = partial(bench.retire, block)
-                if number == rounds + 1:
+                last = number == rounds + 1
+                if span == "visual" and not last:
+                    walls.append(bench.room_us(window, block))
+                    continue
+                bench.fill_windows(window + block * (span == "all"))
+                if last:
                     busy = busy_us(act, bench.device)
                 else:
                     walls.append(wall_us(act, bench.device))

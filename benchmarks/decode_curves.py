@@ -34,7 +34,7 @@ from decode_cases import (
 )
 from decode_timing import facts, graph_us, l2_bytes, multiprocessors
 
-from rotatek_compile.kernels import table
+from rotatek_compile.kernels.splits import programs_for
 
 LINEAR_PLANS = ("K 32x8 V 128x8", "K 32x4 V 64x4", "dense")
 LINEAR_CASES = [Case(batch, tokens) for batch in (1, 8) for tokens in (16384, 32768, 65536, 131072)]
@@ -126,7 +126,7 @@ def ours(case: Case, name: str) -> Row:
     """Time and error of our kernel under a plan, its append included."""
     key, value = CONFIGURATIONS[name]
     first = make_layer(case, key, value, seed=0)
-    programs = table.programs_for(first.host_table, multiprocessors())
+    programs = programs_for(first.host_table, multiprocessors())
     first = first.planned(programs)
     error = timed_shape_error(first, append=True, two_part_query=False)
     if not error < TIMED_LIMIT:

@@ -23,8 +23,9 @@ import torch
 from decode_cases import CONFIGURATIONS, DIM, TIMED_LIMIT, WINDOW, Case, Layer, make_layer, our_steps, place, timed_shape_error
 from decode_timing import facts, graph_us, multiprocessors
 
-from rotatek_compile.kernels import decode, table
+from rotatek_compile.kernels import decode
 from rotatek_compile.kernels.decode_tuning import Tuning, tuning_of
+from rotatek_compile.kernels.splits import plan_splits, programs_for
 
 SHAPES = {(32, 16384): 2, (8, 8192): 8, (1, 32768): 16}  # (B, T): layers in the graph
 DRY_SHAPES = {(1, 256): 2}
@@ -113,10 +114,8 @@ class Trial:
 
 def planned(layers: list[Layer], tuning: Tuning) -> list[Layer]:
     """Layers with the splits of these settings."""
-    programs = table.programs_for(layers[0].host_table, multiprocessors(), tuning)
-    plan = table.plan_splits(
-        layers[0].host_table, window_capacity=WINDOW, head_dim=DIM, num_programs=programs, tuning=tuning, device=place()
-    )
+    programs = programs_for(layers[0].host_table, multiprocessors(), tuning)
+    plan = plan_splits(layers[0].host_table, window_capacity=WINDOW, head_dim=DIM, num_programs=programs, tuning=tuning, device=place())
     return [replace(layer, view=replace(layer.view, splits=plan)) for layer in layers]
 
 

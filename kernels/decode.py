@@ -1,6 +1,6 @@
 """Decode attention over the compact cache with Triton: two launches, no wait for the device, fit for CUDA graphs.
 
-The specification is `decode_torch.decode_attention_torch`. Splits come from `view.splits` (`table.plan_splits`). Splits with 8- or 4-bit
+The specification is `decode_torch.decode_attention_torch`. Splits come from `view.splits` (`splits.plan_splits`). Splits with 8- or 4-bit
 codes run in `decode_codes.py` where they can (`Config.apart`), all others in `decode_attend.py`.
 """
 
@@ -210,7 +210,7 @@ def decode_attention(
     splits = plan.num_splits
     early = q.is_cuda and _starts_early(q.device.index)
     # Whole 16 bytes each: Triton would compile anew for pointers aligned otherwise.
-    part_rows = -(-splits * rows // 4) * 4
+    part_rows = -(-plan.slots * rows // 4) * 4
     parts = torch.empty(part_rows * (dim + 2), dtype=torch.float32, device=q.device)
     part_acc, part_m, part_l = parts.split((part_rows * dim, part_rows, part_rows))
     if splits:
@@ -230,7 +230,7 @@ def decode_attention(
     # Few rows: cut the channels too, so that enough programs read the partials.
     block_d = 32 if batch * heads * rows < 512 else _power_of_two(dim)
     kernels.merge_kernel[(batch * heads * rows, -(-dim // block_d))](
-        part_m, part_l, part_acc, plan.ranges, out, out.stride(0), out.stride(1), out.stride(2),
+        part_m, part_l, part_acc, plan.ranges, plan.unused, out, out.stride(0), out.stride(1), out.stride(2),
         HEADS=heads, G=group, T=count, D=dim, BLOCK_S=block_s, BLOCK_D=block_d, EARLY=early and splits > 0,
         num_warps=4 if block_s * block_d > 1024 else 1, launch_pdl=early and splits > 0,
     )  # fmt: skip

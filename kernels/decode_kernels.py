@@ -227,12 +227,13 @@ def _coded(
         store(part_m, part_l, part_acc, i_out, b_m, b_l, b_acc, ROWS, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["unused"])
 def merge_kernel(
     part_m,
     part_l,
     part_acc,
     ranges,
+    unused,  # last slots of every row
     out,
     stride_ob,
     stride_oh,
@@ -248,7 +249,7 @@ def merge_kernel(
     """Merge the partials of one row, some of its channels; grid (B * Hkv * T * G, ceil(D / BLOCK_D))."""
     i_row = tl.program_id(0) // (T * G)
     merge(
-        part_m, part_l, part_acc, tl.load(ranges + i_row), tl.load(ranges + i_row + 1), out, stride_ob, stride_oh, stride_ot,
+        part_m, part_l, part_acc, tl.load(ranges + i_row), tl.load(ranges + i_row + 1) - unused, out, stride_ob, stride_oh, stride_ot,
         HEADS, G, T, D, BLOCK_S, BLOCK_D, EARLY,
     )  # fmt: skip
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .slabs import Slabs
-from .table import CacheView, SplitPlan
+from .splits import SplitPlan
+from .table import CacheView
 
 PAIRS = ((False, False), (False, True), (True, False), (True, True))
 """Pairs (raw Keys, raw Values) by the number that an operator's argument can be."""
@@ -31,7 +32,8 @@ def decode(q: Tensor, view: CacheView, scaling: float, new_keys: Tensor, new_val
     assert plan is not None
     out: Tensor = decode_attention(
         q, new_keys, new_values, scaling, view.table, view.codes, view.bases, view.own_bases, view.scales, view.means, view.own_means,
-        view.windows, view.window_lengths, plan.records, plan.ranges, plan.max_splits,
+        view.windows, view.window_lengths, plan.records, plan.ranges,
+        [plan.slots, plan.unused, plan.max_splits],
         list(plan.key_widths), list(plan.value_widths), [number for number, pair in enumerate(PAIRS) if pair in plan.pairs],
     )  # fmt: skip
     return out
@@ -54,17 +56,18 @@ def decode_attention(
     window_lengths: Tensor,
     records: Tensor,
     ranges: Tensor,
-    max_splits: int,
+    counts: Sequence[int],
     key_widths: Sequence[int],
     value_widths: Sequence[int],
     pairs: Sequence[int],
 ) -> Tensor:
-    """The fields of a `CacheView` and of its `SplitPlan` one by one: operators take tensors and numbers. `pairs` are numbers of `PAIRS`."""
+    """The fields of a `CacheView` and of its `SplitPlan` one by one: operators take tensors and numbers. `counts` are slots,
+    unused and max_splits, `pairs` numbers of `PAIRS`."""
     from . import decode as kernels
     from .decode_torch import append_newest, finish, segment_partials
 
     held = frozenset(PAIRS[number] for number in pairs)
-    plan = SplitPlan(records, ranges, max_splits, Slabs(*key_widths), Slabs(*value_widths), held)
+    plan = SplitPlan(records, ranges, *counts, 0, 0, Slabs(*key_widths), Slabs(*value_widths), held)
     view = CacheView(table, codes, bases, own_bases, scales, means, own_means, windows, window_lengths, plan)
     reason = kernels.supported(q, view)
     if reason is None:

@@ -18,7 +18,7 @@ from .decode_tuning import tuning_of
 
 MOST_NEW = 4
 WIDEST = {2: 256, 4: 128}  # Keys and Values, by bytes of a number: tiles must fit a multiprocessor's shared memory
-LEAST_TOKENS = 256  # of a split, as `table.plan_splits`
+LEAST_TOKENS = 256  # of a split, as `splits.plan_splits`
 UNIT = 8  # numbers; rows that start on multiples of it are read 16 bytes at a time
 
 
@@ -148,7 +148,7 @@ def cut(stored: int, splits: int, block_n: int) -> tuple[int, int]:
 
 
 def splits_for(sequences: int, device: torch.device) -> int:
-    """Splits of each of so many rows (batch, KV head) that fill a GPU, as `table.programs_for` has it for raw numbers."""
+    """Splits of each of so many rows (batch, KV head) that fill a GPU, as `splits.programs_for` has it for raw numbers."""
     tuning = tuning_of(device)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     programs = tuning.filled_programs if sequences >= multiprocessors else tuning.programs

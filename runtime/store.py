@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.codes import native_view, pack, padded
-from ..kernels.decode_tuning import tuning_of
 from ..kernels.encode import Packed
 from ..kernels.slabs import NATIVE_BYTES, Slabs
+from ..kernels.splits import SplitPlan, plan_growing
 from ..kernels.table import (
     BASIS,
     FIELDS,
@@ -29,8 +29,6 @@ from ..kernels.table import (
     CacheView,
     Kind,
     own_basis,
-    plan_splits,
-    programs_for,
     sent,
 )
 from .encode import Coordinates
@@ -73,6 +71,7 @@ class Store:
         self._pending: list[Tensor] = []
         self._end = 0  # bytes of the pool with what is pending
         self._released = False  # pool ranges lost their owner since the last flush
+        self._plan: SplitPlan | None = None  # for windows that are to grow; stands until the table changes
         self._view: CacheView | None = None
         self._views = 0  # made so far
         self.selected = 0  # how often rows were selected
@@ -274,8 +273,7 @@ class Store:
         if changed:
             merge_text(self)
         self._end = self.codes.numel()
-        self.table_on_device = None
-        self._view = None
+        self.table_on_device = self._plan = self._view = None
 
     # -- rows -----------------------------------------------------------------------------------------------------------------
 
@@ -294,8 +292,7 @@ class Store:
         if gone:  # what only dropped rows had would stay in memory, and in the count of bytes
             compact(self)
             self._end = self.codes.numel()
-        self.table_on_device = None
-        self._view = None
+        self.table_on_device = self._plan = self._view = None
 
     # -- reading --------------------------------------------------------------------------------------------------------------
 
@@ -305,22 +302,12 @@ class Store:
         # torch.compile reads no addresses; a step is compiled over a view that stands (`DecodeGraphs`)
         stands = torch.compiler.is_compiling() or (self._view is not None and self._view.windows.data_ptr() == window.buffer.data_ptr())
         if self._view is None or not stands or (splits and self._view.splits is None):
-            host = torch.from_numpy(np.ascontiguousarray(self.table))
             if self.table_on_device is None:
-                self.table_on_device = sent(host.clone(), self.device)
-            plan = None
+                self.table_on_device = sent(torch.from_numpy(self.table.copy()), self.device)
+            plan, room = None, window.keys.shape[2]
             if splits:
-                processors = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 1
-                tuning = tuning_of(self.device)
-                plan = plan_splits(
-                    host,
-                    window_capacity=window.keys.shape[2],
-                    head_dim=self.dim,
-                    itemsize=self.dtype.itemsize,
-                    num_programs=programs_for(host, processors, tuning),
-                    tuning=tuning,
-                    device=self.device,
-                )
+                self._plan = plan_growing(self.table, room, self.dim, self.dtype.itemsize, self.device, self._plan)
+                plan = self._plan.of_windows(room)
             self._views += 1
             self._view = CacheView(
                 table=self.table_on_device,
@@ -360,8 +347,8 @@ class Store:
         }
         if self.table_on_device is not None:
             kept["table"] = self.table_on_device
-        if self._view is not None and self._view.splits is not None:
-            kept["splits"], kept["ranges"] = self._view.splits.records, self._view.splits.ranges
+        if self._plan is not None:
+            kept["splits"], kept["ranges"] = self._plan.records, self._plan.ranges
         return kept
 
     def segments(self) -> Iterator[np.ndarray]:

@@ -72,14 +72,17 @@ def test_text_has_room_or_leaves_and_is_attended(monkeypatch, span, blocks):
     monkeypatch.setattr(bench_retire, "Bench", Seen)
     rows = bench_retire.rows_at(model, 2, 200, span, rounds=1)
     assert [row["block"] for row in rows] == blocks and all(row["error"] < 1e-5 for row in rows)
-    stored = 0
+    stored, turns = 0, [2 * bench_retire.ANSWER // block + 1 if span == "visual" else len(seen) // 2 for block in blocks]
+    assert len(seen) == sum(turns)
     for number, (before, windows, room, tokens, kinds) in enumerate(seen):
-        block = blocks[number // (len(seen) // 2)]
-        assert windows == [128, 128] and kinds == {int(Kind.CODED)}
-        if span == "visual":
-            assert before == 128 and room == 128 + block and tokens == 2 * 2 * (200 - QUESTION)
+        block = blocks[number >= turns[0]]
+        assert kinds == {int(Kind.CODED)}
+        if span == "visual":  # windows go on growing over an answer, and begin anew with the next
+            place = (number - turns[0] * (number >= turns[0])) % (bench_retire.ANSWER // block)
+            assert before == 128 + place * block and windows == [before] * 2
+            assert room == before + block and tokens == 2 * 2 * (200 - QUESTION)
         else:
-            assert before == 128 + block and tokens > stored
+            assert windows == [128, 128] and before == 128 + block and tokens > stored
         stored = tokens
     monkeypatch.setattr(bench_retire.Bench, "error", lambda self: 1.0)
     with pytest.raises(SystemExit, match="error 1.00e"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rotatek_compile.kernels import table
+from rotatek_compile.kernels.splits import plan_splits
 from rotatek_compile.kernels.table import NONE, CacheView, Kind
 
 
@@ -145,11 +146,13 @@ def random_cache(
     full_bases: bool = False,
     num_programs: int = 24,
     min_tokens: int = 256,
+    grows_to: int | None = None,
 ) -> Cache:
     """A cache whose row b, head h has the segments `segments[b][h]` and `windows[b]` tokens in its window.
 
     Decode matrices are stored `[D, R]` one behind the other, or as prefixes of `[D, D]` with `full_bases`. With `poison`, whatever
-    lies outside the segments (padding, window slack, gaps) is NaN, and random bytes in the pool of codes.
+    lies outside the segments (padding, window slack, gaps) is NaN, and random bytes in the pool of codes. With `grows_to`, the plan is
+    that of windows of so many tokens, at this capacity.
     """
     pools = Pools(torch.Generator(device=device).manual_seed(seed), head_dim, dtype, poison, full_bases)
     batch, heads = len(segments), len(segments[0])
@@ -168,10 +171,10 @@ def random_cache(
     window = torch.full((2, batch, heads, capacity, head_dim), float("nan") if poison else 0.0, dtype=dtype, device=device)
     for b, length in enumerate(windows):
         window[:, b, :, :length] = pools.randn(2, heads, length, head_dim).to(dtype)
-    plan = table.plan_splits(
-        rows, window_capacity=capacity, head_dim=head_dim, itemsize=dtype.itemsize, num_programs=num_programs, min_tokens=min_tokens,
-        device=device,
-    )  # fmt: skip
+    plan = plan_splits(
+        rows, window_capacity=grows_to or capacity, window_least=capacity, head_dim=head_dim, itemsize=dtype.itemsize,
+        num_programs=num_programs, min_tokens=min_tokens, device=device,
+    ).of_windows(capacity)  # fmt: skip
     view = CacheView(
         table=rows.to(device),
         **{name: pools.flat(name) for name in pools.parts},

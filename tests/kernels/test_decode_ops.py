@@ -64,7 +64,8 @@ def test_compiled_by_inductor(monkeypatch):
 def test_what_a_plan_becomes():
     args = arguments(*case())
     view = case()[0]
-    assert args[15:] == (view.splits.max_splits, [16, 16, 16], [0, 0, 32], [0, 1, 3])
+    plan = view.splits
+    assert args[15:] == ([plan.slots, plan.unused, plan.max_splits], [16, 16, 16], [0, 0, 32], [0, 1, 3])
     assert {decode_ops.PAIRS[number] for number in args[18]} == view.splits.pairs
     assert decode_ops.PAIRS[1] == (False, True)  # coded Keys, raw Values
 

@@ -8,6 +8,7 @@ import torch
 from rotatek_compile.kernels import decode, decode_tuning, table
 from rotatek_compile.kernels.decode_tuning import H100, Tuning, guessed, tuning_of
 from rotatek_compile.kernels.slabs import Slabs
+from rotatek_compile.kernels.splits import plan_splits, programs_for
 
 BOTH = frozenset({(False, False)})
 
@@ -56,10 +57,10 @@ def test_settings_reach_the_plan_and_the_kernel():
     codes = torch.zeros(1, 2, 1, table.FIELDS, dtype=torch.int64)
     codes[..., table.KIND], codes[..., table.LENGTH] = int(table.Kind.CODED), 8192
     codes[..., table.KEY + table.NIBBLE], codes[..., table.VALUE + table.NIBBLE] = torch.tensor([[16], [48]]), torch.tensor([[32], [96]])
-    assert table.programs_for(codes, 100, Tuning(coded_programs=7)) == 700
-    assert table.programs_for(codes, 2, Tuning(filled_programs=5)) == 10
+    assert programs_for(codes, 100, Tuning(coded_programs=7)) == 700
+    assert programs_for(codes, 2, Tuning(filled_programs=5)) == 10
     bound, read = (  # by instructions, the same for both heads; by their own bytes, 24 and 72, in splits of whole tiles
-        table.plan_splits(codes, window_capacity=0, head_dim=128, num_programs=32, tuning=tuning).ranges.diff().tolist()
+        plan_splits(codes, window_capacity=0, head_dim=128, num_programs=32, tuning=tuning).ranges.diff().tolist()
         for tuning in (H100, Tuning(softmax=0.0, nibble=0.0))
     )
     assert bound == [16, 16] and read == [8, 22]
@@ -67,8 +68,7 @@ def test_settings_reach_the_plan_and_the_kernel():
     eight[..., table.KEY + table.NIBBLE], eight[..., table.VALUE + table.NIBBLE] = 0, 0
     eight[..., table.KEY + table.BYTE] = torch.tensor([[16], [48]])
     by_bytes, by_tiles = (
-        table.plan_splits(eight, window_capacity=0, head_dim=128, num_programs=32, tuning=Tuning(softmax=0.0, byte=byte))
-        for byte in (0.0, 9.0)
+        plan_splits(eight, window_capacity=0, head_dim=128, num_programs=32, tuning=Tuning(softmax=0.0, byte=byte)) for byte in (0.0, 9.0)
     )
     assert (by_bytes.ranges.diff().tolist(), by_tiles.ranges.diff().tolist()) == ([8, 22], [16, 16])
     widths = decode.Widths.of(Slabs(0, 0, 32), Slabs(0, 0, 64), BOTH)

@@ -139,7 +139,7 @@ def test_all_state_is_known(model, ragged, make_artifact):
     assert set(vars(layer.store)) == {
         "heads", "dim", "dtype", "device", "prepared", "codes", "scales", "own_means", "own_bases", "table", "ids", "table_on_device",
         "monitor", "budgeted", "held", "window", "written_in", "first", "calibrated", "_last_id", "_pending", "_end", "_released", "_view",
-        "_views", "selected",  # count what happens in this process
+        "_plan", "_views", "selected",  # views are made anew; counts are of this process
     }  # fmt: skip
     assert set(vars(layer.store.window)) == {"buffer", "lengths", "host"}
     assert set(vars(layer.blocks)) == {"store", "basis", "rules", "shared", "rows", "opened"}

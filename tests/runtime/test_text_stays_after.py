@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rotatek_compile.errors import RotateKError
+from rotatek_compile.kernels import splits
 from rotatek_compile.runtime import graphs
 from rotatek_compile.runtime.accounting import cache_bytes
 from rotatek_compile.runtime.backends import TorchBackend
@@ -91,6 +92,34 @@ def test_a_loaded_window_is_as_large_as_the_saved_one(model, answered, tmp_path,
     before, after = (each.layers[0].store for each in (cache, loaded))
     assert after.window.buffer.shape == before.window.buffer.shape
     assert torch.equal(after.view(splits=True).splits.records, before.view(splits=True).splits.records)
+
+
+def test_room_takes_no_new_plan(answered, monkeypatch):
+    """One work list serves windows of many sizes; another is made where the table changes, or windows are far larger."""
+    made, plan = [], splits.plan_splits
+    monkeypatch.setattr(splits, "plan_splits", lambda *args, **kwargs: (made.append(kwargs["window_capacity"]), plan(*args, **kwargs))[1])
+    _, cache = answered(0)
+    store = cache.layers[0].store
+    lengths, first = torch.zeros(4, dtype=torch.int32), store.view(splits=True)
+    for room in (256, 512, 1024):
+        store.reserve(room, lengths[: store.batch])
+        found = store.view(splits=True)
+        assert found is not first and found.windows.shape[3] == store.window.buffer.shape[3] >= room
+        assert found.splits.num_splits - first.splits.num_splits == (-(-found.windows.shape[3] // 256) - 1) * 2
+        assert found.splits.records.untyped_storage().data_ptr() == first.splits.records.untyped_storage().data_ptr()
+    assert made == [4096]
+    kept = store.tensors()
+    assert kept["splits"].shape[0] == first.splits.num_splits + 15 * 2  # all of them are counted, also those still to come
+    store.reserve(4096, lengths[: store.batch])
+    store.view(splits=True)
+    assert made == [4096, 8192]
+    keys = torch.zeros(2, 8, store.dim)
+    store.add_dense(0, keys, keys)
+    store.flush()
+    store.view(splits=True)
+    assert made == [4096, 8192, 8192]
+    store.select_rows([0, 0])  # other rows, another table
+    assert store.view(splits=True).splits.ranges.shape == (5,) and len(made) == 4
 
 
 def test_an_answer_goes_on_where_there_is_no_memory_for_an_eighth(model, answered, monkeypatch):
