@@ -20,18 +20,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from check_figures import gone, outside
+from side_by_side import Command, together, usual_jobs
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -40,22 +37,7 @@ STEPS = ("suite", "rotation", "subspaces", "tables")
 BATCH = 4  # documents that rotatek-eval answers at once, by default: a part of the suite is at least one batch
 # minutes on a quiet core of 2026, for the sentence before a step: of a calibration document, of a document by one method in one mode, ...
 COMPILING, ANSWERING, ENTRIES, CALIBRATED, ROTATING, SUBSPACES = 2.5 / 60, 0.35 / 60, 73, 46, 0.05, 0.15
-LEANK, PALU = 14.0, 2.0  # of training one model
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What one process does: `words` say it, `minutes` are what it may take alone, `made` is there once it is done, if anything is."""
-
-    words: str
-    command: list[str]
-    minutes: float
-    made: Path | None = None
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+LEANK, PALU = 35.0, 3.0  # of training one model
 
 
 def tool(name: str) -> str:
@@ -68,19 +50,12 @@ def script(name: str, *words: str) -> list[str]:
     return [sys.executable, str(HERE / name), *words]
 
 
-def say(words: str) -> None:
-    """A line, whole where several threads write."""
-    sys.stdout.write(f"{words}\n")
-    sys.stdout.flush()
-
-
 class Evidence:
     """Runs commands, each in a process of its own, and collects what is outside."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.problems = args, []  # type: argparse.Namespace, list[str]
         self.unchecked: list[str] = []  # what has nothing committed beside it
-        self.stopped = threading.Event()  # once a command failed
         self.began = time.monotonic()
 
     def all(self) -> int:
@@ -89,10 +64,10 @@ class Evidence:
         self.same_options()
         models, only = self.args.models, self.args.only
         suites = models if "suite" in only else []
-        first = [command for model in suites for command in (*self.artifacts(model), *self.learned(model))]
-        first += [self.measuring(model, step) for model in models for step in ("rotation", "subspaces") if step in only]
-        self.together(first)
-        self.together(command for model in suites for command in self.parts(model))
+        commands = [self.measuring(model, step) for model in models for step in ("rotation", "subspaces") if step in only]
+        for model in suites:
+            commands += [*self.artifacts(model), *self.learned(model), *self.parts(model)]
+        together(commands, self.args.jobs, self.args.work)
         for model in models:
             if model in suites:
                 self.suite(model)
@@ -116,37 +91,6 @@ class Evidence:
             if kept != options.get(name):
                 option = name.replace("_", "-")
                 raise SystemExit(f"error: {self.args.work} holds a run with --{option} {kept}; give the same, or another --work")
-
-    def together(self, commands: Iterable[Command]) -> None:
-        """Run what is not there yet, --jobs at a time, the longest first. Raises SystemExit if one fails, once those beside it ended."""
-        wanted = [command for command in commands if command.made is None or not command.made.exists()]
-        with ThreadPoolExecutor(self.args.jobs) as pool:
-            running = [pool.submit(self.run, command) for command in sorted(wanted, key=lambda one: -one.minutes)]
-            try:
-                failed = [said for one in running if (said := one.result())]
-            finally:
-                self.stopped.set()  # where the keyboard interrupts: what did not begin does not
-        if failed:
-            raise SystemExit(f"error: {'; '.join(failed)}; what is finished is kept, run again to go on")
-        self.stopped.clear()
-
-    def run(self, command: Command) -> str:
-        """One command, unless another failed; what it prints is in a file of --work. Returns what went wrong, in words."""
-        if self.stopped.is_set():
-            return ""
-        log = self.args.work / f"{''.join(c if c.isalnum() else '-' for c in command.words)}.txt"
-        expected = f" (about {command.minutes:.0f} minutes on a quiet core)" if command.minutes >= 1 else ""
-        say(f"{command.words}{expected} ...")
-        threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.args.jobs))} | os.environ
-        start = time.monotonic()
-        with log.open("w") as shown:
-            status = subprocess.run(command.command, check=False, stdout=shown, stderr=subprocess.STDOUT, env=threads).returncode
-        say(f"{command.words}: {time.monotonic() - start:.0f} s")
-        if not status:
-            return ""
-        self.stopped.set()
-        said = log.read_text(errors="replace").strip().rsplit("\n", 1)[-1]
-        return f"{command.words} ended with status {status}" + (f": {said}" if said else "")
 
     def show(self, command: Sequence[str]) -> int:
         """One command that is done at once, what it prints shown; returns its status."""
@@ -201,20 +145,21 @@ class Evidence:
         if count == 1:
             return []  # `suite` measures it
         found, minutes = [], self.answering() / count
+        needs = tuple(one.made for one in (*self.artifacts(model), *self.learned(model)) if one.made)
         for number in range(1, count + 1):
             shard = f"{number}/{count}"
             resume = ["--resume"] if (target / f"documents-{number}-of-{count}.jsonl").exists() else []
             command = [*self.evaluation(model), "--shard", shard, *resume]
-            found.append(Command(f"{model}, every method, part {shard} of {args.documents} documents", command, minutes))
+            found.append(Command(f"{model}, every method, part {shard} of {args.documents} documents", command, minutes, needs=needs))
         return found
 
     def suite(self, model: str) -> None:
         """The parts put together, or all of it where there are none, and compared."""
         target, words = self.proof(model), f"{model}, every method on {self.args.documents} documents"
         if any(target.glob("documents*.jsonl")):
-            self.together([Command(f"{words}, put together", [*self.evaluation(model), "--resume"], 0.0)])
+            together([Command(f"{words}, put together", [*self.evaluation(model), "--resume"], 0.0)], self.args.jobs, self.args.work)
         else:
-            self.together([Command(words, self.evaluation(model), self.answering())])
+            together([Command(words, self.evaluation(model), self.answering())], self.args.jobs, self.args.work)
         if self.args.save:
             shutil.copyfile(target / "results.csv", RESULTS / f"evidence-{model}.csv")
         committed = [file for file in (RESULTS / f"evidence-{model}.csv", RESULTS / f"proof-{model}.csv") if file.exists()]
@@ -271,11 +216,13 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=18, help="evaluation documents")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, help="processes at a time, 1 to 7 GB each; by default as many as cores, on another device 1")
+    parser.add_argument(
+        "--jobs", type=int, help="processes at a time, up to 7 GB each; by default as cores and memory allow, on another device 1"
+    )
     parser.add_argument("--save", action="store_true", help="commit these results of the suite: write results/evidence-MODEL.csv")
     parser.add_argument("--work", type=Path, default=Path("artifacts/evidence"), help="artifacts and results, kept between runs")
     args = parser.parse_args()
-    args.jobs = args.jobs if args.jobs is not None else cores() if args.device == "cpu" else 1
+    args.jobs = args.jobs if args.jobs is not None else usual_jobs() if args.device == "cpu" else 1
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} is out of range; it must be at least 1")
     return Evidence(args).all()

@@ -8,6 +8,7 @@ from pathlib import Path
 import check_figures
 import evidence
 import pytest
+import side_by_side
 
 ROW = {"ratio": 0.25, "way": "pca", "kl": 0.1, "kl_interval": [0.05, 0.2], "images": [0.3, 0.2, 0.4]}
 
@@ -141,7 +142,7 @@ def test_what_is_kept_of_another_run_is_not_taken_for_this_one(played):
 
 def test_the_suite_is_divided_among_jobs(played, monkeypatch, tmp_path):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(evidence, "cores", lambda: 6)
+    monkeypatch.setattr(side_by_side, "cores", lambda: 6)
     ended, seen = played("suite", models=["tiny", "other"], jobs=3, documents=9)
     evaluations = [words for words in seen if words[0] == "rotatek-eval"]
     assert ended == 0 and played.threads == {"2"}  # cores over jobs
@@ -150,6 +151,25 @@ def test_the_suite_is_divided_among_jobs(played, monkeypatch, tmp_path):
     assert all("--resume" not in words for words in evaluations if "--shard" in words)
     assert [words[1] for words in evaluations[6:]] == ["tiny-0", "other-0"]  # put together after all parts
     assert not any("--shard" in words for words in evaluations[6:])
+    for model in ("tiny", "other"):  # a model's parts wait for what they read, and for nothing else
+        names = {f"{model}-0", f"{model}-5", f"learn_leank-{model}.safetensors", f"learn_palu-{model}.safetensors"}
+        made = max(n for n, words in enumerate(seen) if words[0] != "rotatek-eval" and names & set(words))
+        assert made < min(n for n, words in enumerate(seen) if "--shard" in words and f"{model}-0" in words)
+
+
+def test_what_cannot_begin_is_said(played, monkeypatch):
+    monkeypatch.setattr(evidence.Evidence, "learned", lambda self, model: [side_by_side.Command("nothing", ["true"], 0, Path("none"))])
+    with pytest.raises(SystemExit, match="error: tiny, every method, part 1/2 of 8 documents cannot begin: none is missing"):
+        played("suite", jobs=2, documents=8)
+
+
+@pytest.mark.parametrize(("cores", "pages", "jobs"), [(4, 8, 4), (4, 3.9, 3), (2, 100, 2), (8, 0.5, 1)])
+def test_jobs_follow_cores_and_memory(monkeypatch, cores, pages, jobs):
+    """Of memory for `pages` commands."""
+    sizes = {"SC_PAGE_SIZE": side_by_side.GIGABYTES * 10**8, "SC_PHYS_PAGES": int(pages * 10)}
+    monkeypatch.setattr(side_by_side.os, "sysconf", sizes.get)
+    monkeypatch.setattr(side_by_side, "cores", lambda: cores)
+    assert side_by_side.usual_jobs() == jobs
 
 
 def test_parts_that_were_begun_go_on_as_they_were_divided(played, tmp_path):
