@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_decode.py --output benchmarks/results
 
-# An hour or two on four cores, 7 GB for each model. EVIDENCE='--models tiny-qwen3-vl --seeds 0 --documents 9 --jobs 2' is a part of it.
+# About an hour and a half on four cores. EVIDENCE='--models tiny-qwen3-vl --seeds 0 --documents 9 --jobs 2' is a part of it.
 evidence: $(VENV)/.test
 	$(BIN)/python benchmarks/evidence.py $(EVIDENCE)
 

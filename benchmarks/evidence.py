@@ -4,9 +4,9 @@
     python benchmarks/evidence.py --models tiny-qwen3-vl --seeds 0 --documents 9 --only suite --jobs 2
 
 For every model: artifacts are compiled from one seed of the calibration documents each, LeanK and Palu learn from those of the first
-(learn_leank.py, learn_palu.py), `rotatek-eval --suite proof` measures every method with all of them, rotation and subspaces are measured
-again (bench_rotation.py, bench_subspaces.py). Each result is compared with what is committed: rows of the suite as check_results.py says,
-figures of the others as check_figures.py does. Then the tables of README and docs are checked against the committed results.
+(learn_leank.py, learn_palu.py), `rotatek-eval --suite proof` measures every method with all of them; rotation and subspaces are measured
+again as they are committed (bench_rotation.py, bench_subspaces.py). Each result is compared with what is committed: rows of the suite as
+check_results.py says, figures of the others as check_figures.py does. Then the tables of README and docs are checked against the results.
 
 What does not wait for anything else runs side by side, in --jobs processes of cores / jobs threads each; the suite is divided among them
 by batches, which changes no outcome. Every step says how long it may take and took; what it printed is in --work; what is finished is kept
@@ -36,7 +36,8 @@ OPTIONS = "options.json"  # in --work: of which run it is
 STEPS = ("suite", "rotation", "subspaces", "tables")
 BATCH = 4  # documents that rotatek-eval answers at once, by default: a part of the suite is at least one batch
 # minutes on a quiet core of 2026, for the sentence before a step: of a calibration document, of a document by one method in one mode, ...
-COMPILING, ANSWERING, ENTRIES, CALIBRATED, ROTATING, SUBSPACES = 2.5 / 60, 0.35 / 60, 73, 46, 0.05, 0.15
+COMPILING, ANSWERING, ENTRIES, CALIBRATED = 2.5 / 60, 0.35 / 60, 73, 46
+MEASURING = {"rotation": 8.0, "subspaces": 12.0}  # of one model
 LEANK, PALU = 35.0, 3.0  # of training one model
 
 
@@ -64,7 +65,7 @@ class Evidence:
         self.same_options()
         models, only = self.args.models, self.args.only
         suites = models if "suite" in only else []
-        commands = [self.measuring(model, step) for model in models for step in ("rotation", "subspaces") if step in only]
+        commands = self.all_measuring()
         for model in suites:
             commands += [*self.artifacts(model), *self.learned(model), *self.parts(model)]
         together(commands, self.args.jobs, self.args.work)
@@ -169,23 +170,29 @@ class Evidence:
         elif self.show(script("check_results.py", str(committed[0]), str(target / "results.csv"), "--some")):
             self.problems.append(f"{model}: rows of the suite")
 
-    def measuring(self, model: str, step: str) -> Command:
-        """Rotation on and off at the same count; or explained variance, drift and mixes."""
-        documents = self.args.documents if step == "subspaces" else max(self.args.documents, 24)
-        samples, single, minutes = (48, 3, 3 * ROTATING * documents) if step == "rotation" else (24, 6, SUBSPACES * (24 + 9 * documents))
-        options = ["--models", model, "--num-samples", str(samples), "--documents", str(documents), "--single", str(single)]
-        file = self.args.work / f"bench_{step}" / model / figures_of(model, step)
-        return Command(f"bench_{step}.py, {model}", script(f"bench_{step}.py", *options, "--output", str(file.parent)), minutes, file)
+    def measuring(self, step: str, models: Sequence[str]) -> Command:
+        """Rotation on and off at the same count; or explained variance, drift and mixes. By their own defaults, as is committed."""
+        file = self.args.work / f"bench_{step}" / "+".join(models) / figures_of(models[0], step)
+        options = ["--models", *models, "--data", self.args.data, "--device", self.args.device, "--output", str(file.parent)]
+        minutes = MEASURING[step] * len(models)
+        return Command(f"bench_{step}.py, {' '.join(models)}", script(f"bench_{step}.py", *options), minutes, file)
+
+    def all_measuring(self) -> list[Command]:
+        """Of the steps asked for; subspaces of all models in one, because they are compared with each other's."""
+        models, only = self.args.models, self.args.only
+        found = [self.measuring("rotation", [model]) for model in models if "rotation" in only]
+        return [*found, self.measuring("subspaces", models)] if "subspaces" in only else found
 
     def figures(self, model: str, step: str) -> None:
         """Compare what a script measured."""
-        name, words, file = figures_of(model, step), f"bench_{step}.py", self.measuring(model, step).made
-        assert file is not None
+        name, words = figures_of(model, step), f"bench_{step}.py"
         if not (RESULTS / name).exists():
             print(f"no committed results/{name} to compare with")
             self.unchecked.append(f"{model}: {words}")
             return
-        old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / name, file))
+        made = self.measuring(step, self.args.models if step == "subspaces" else [model]).made
+        assert made is not None
+        old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / name, made))
         same = old["documents"] == new["documents"] and old["num_samples"] == new["num_samples"]
         if "models" in new:
             old, new = old["models"].get(model), new["models"][model]
@@ -213,7 +220,7 @@ def main() -> int:
     parser.add_argument("--data", default="mixed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration, an artifact each")
     parser.add_argument("--num-samples", type=int, default=144, help="calibration documents")
-    parser.add_argument("--documents", type=int, default=18, help="evaluation documents")
+    parser.add_argument("--documents", type=int, default=18, help="evaluation documents of the suite")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(

@@ -52,8 +52,10 @@ def played(tmp_path, monkeypatch):
                 target.mkdir(parents=True, exist_ok=True)
                 (target / "results.csv").write_text("figures")
                 names = {"rotatek-compile": "rotatek_config.json", "rotatek-eval": "documents.jsonl"}
-                name = names.get(words[0], "rotation-tiny.json" if "bench_rotation.py" in words else "subspaces.json")
-                (target / name).write_text(json.dumps(changed(num_samples=1) | {"num_samples": 1}))
+                name = names.get(words[0], f"rotation-{words[3]}.json" if "bench_rotation.py" in words else "subspaces.json")
+                figures = changed(num_samples=1) | {"num_samples": 1}
+                own = figures | {"models": dict.fromkeys(words[3:5], figures)} if name == "subspaces.json" else figures
+                (target / name).write_text(json.dumps(own))
         status = run.status.get(next((w for w in words if w in run.status), ""), 0)
         if status and stdout is not None:
             stdout.write("much\nno room\n")
@@ -113,6 +115,16 @@ def test_figures_are_compared(played, capsys):
     ended, seen = played("rotation")
     assert ended == 1 and seen == []  # measured already
     assert "committed 5 [3.99, 6.01]" in capsys.readouterr().out
+
+
+def test_rotation_of_each_and_subspaces_of_all(played):
+    """By the scripts' own defaults, which the committed figures are of."""
+    ended, seen = played("rotation", "subspaces", models=["tiny", "other"])
+    assert ended == 0 and [words[1] for words in seen] == ["bench_subspaces.py", "bench_rotation.py", "bench_rotation.py"]
+    assert [words[2:] for words in seen] == [
+        ["--models", *models, "--data", "mixed", "--device", "cpu", "--output", "+".join(models)]
+        for models in (["tiny", "other"], ["tiny"], ["other"])
+    ]
 
 
 def test_figures_that_a_rerun_lacks_are_said(played, capsys):
