@@ -147,7 +147,7 @@ def measure_shape(results: Table, batch: int, tokens: int, count: int, names: Co
             continue
         layers = [make_layer(case, key, value, seed) for seed in range(count)]
         programs = programs_for(layers[0].host_table, multiprocessors())
-        layers = [layer.planned(programs) for layer in layers]
+        layers = [layer.planned() for layer in layers]
         size = case.read_bytes(key, value)
         for two_part in (False, True) if name == "r32" else (False,):  # codes have one part
             options = {"two_part_query": two_part}

@@ -31,7 +31,6 @@ from measuring import read_csv, write_csv
 from torch import Tensor
 
 from rotatek_compile.errors import RotateKError
-from rotatek_compile.kernels.splits import programs_for
 from rotatek_compile.methods import KV
 from rotatek_compile.names import OURS as OWN
 from rotatek_compile.proof_suite import KEYS
@@ -121,8 +120,7 @@ def our_row(case: Case, name: str) -> dict[str, Any]:
     """
     key, value = CONFIGURATIONS[name]
     layers = [make_layer(case, key, value, seed) for seed in range(LAYERS)]
-    programs = programs_for(layers[0].host_table, multiprocessors())
-    layers = [layer.planned(programs) for layer in layers]
+    layers = [layer.planned() for layer in layers]
     error = timed_shape_error(layers[0])
     if not error < LIMIT:
         raise RotateKError(f"error {error:.2e}, limit {LIMIT}")

@@ -26,12 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from decode_cases import CONFIGURATIONS, MIXED, Case, make_layer, our_steps  # noqa: E402
-from decode_timing import facts, multiprocessors  # noqa: E402
+from decode_timing import facts  # noqa: E402
 from measuring import Rows, add_table_options, ended, read_csv, write_csv  # noqa: E402
 
 from rotatek_compile.errors import UsageError
 from rotatek_compile.kernels.slabs import Slabs
-from rotatek_compile.kernels.splits import programs_for
 
 SHAPES = ((32, 16384), (8, 8192), (1, 32768))
 UNIFORM, MAP = "K 32x4 V 64x4", "mixed, mean K 32x4 V 64x4"
@@ -73,7 +72,7 @@ def launches(names: list[str]) -> None:
     for batch, tokens in SHAPES:
         for name in names:
             layer = make_layer(Case(batch, tokens), *PLANS[name], seed=0)
-            our_steps([layer.planned(programs_for(layer.host_table, multiprocessors()))], False)[0]()
+            our_steps([layer.planned()], False)[0]()
 
 
 def counted(names: list[str]) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rotatek_compile.kernels import codes, decode, table
 from rotatek_compile.kernels.decode_torch import decode_attention_torch
 from rotatek_compile.kernels.slabs import Slabs
-from rotatek_compile.kernels.splits import plan_splits, window_class
+from rotatek_compile.kernels.splits import plan_growing, plan_splits
 from rotatek_compile.kernels.table import NONE, CacheView, Kind
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
@@ -84,10 +84,12 @@ class Layer:
     key: Tensor
     value: Tensor
 
-    def planned(self, programs: int) -> Layer:
-        least, most = window_class(WINDOW, self.host_table.shape[0] * self.host_table.shape[1])  # as a cache that goes on has it
-        sizes = {"window_capacity": most, "window_least": least, "head_dim": DIM, "num_programs": programs}
-        plan = plan_splits(self.host_table, **sizes, device=place()).of_windows(WINDOW)
+    def planned(self, programs: int | None = None) -> Layer:
+        """With splits as a cache that goes on has them, or with so many programs."""
+        if programs is None:
+            plan = plan_growing(self.host_table.numpy(), WINDOW, DIM, 2, torch.device(place())).of_windows(WINDOW)
+        else:
+            plan = plan_splits(self.host_table, window_capacity=WINDOW, head_dim=DIM, num_programs=programs, device=place())
         return replace(self, view=replace(self.view, splits=plan))
 
     def copy(self) -> Layer:

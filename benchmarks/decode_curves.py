@@ -127,7 +127,7 @@ def ours(case: Case, name: str) -> Row:
     key, value = CONFIGURATIONS[name]
     first = make_layer(case, key, value, seed=0)
     programs = programs_for(first.host_table, multiprocessors())
-    first = first.planned(programs)
+    first = first.planned()
     error = timed_shape_error(first, append=True, two_part_query=False)
     if not error < TIMED_LIMIT:
         sys.exit(f"ours {name} at {shape(case)}: error {error:.2e}, limit {TIMED_LIMIT}")

@@ -18,7 +18,6 @@ from .decode_tuning import H100, Tuning, tuning_of
 from .slabs import UNIT, Slabs, check_slabs
 from .table import (
     BASIS,
-    BLOCK,
     BYTE,
     COUNT,
     ENTRY,
@@ -36,11 +35,11 @@ from .table import (
     SPLIT_KIND,
     START,
     STRIDE,
-    TILE,
     VALUE,
     Kind,
     sent,
 )
+from .waves import in_waves, programs_at_once, split_tokens
 
 LEAST_TOKENS = 256  # no split is shorter unless its segment is
 AHEAD_RECORDS, MOST_AHEAD, LEAST_AHEAD = 1024, 16, 2  # splits of growing windows that a plan has: over a layer, and of a row at most
@@ -124,6 +123,7 @@ def plan_growing(
         head_dim=head_dim,
         itemsize=itemsize,
         num_programs=programs_for(host, processors, tuning),
+        multiprocessors=processors,
         tuning=tuning,
         device=device,
     )
@@ -137,6 +137,7 @@ def plan_splits(
     head_dim: int,
     itemsize: int = 2,
     num_programs: int = 396,
+    multiprocessors: int | None = None,
     min_tokens: int = LEAST_TOKENS,
     tuning: Tuning = H100,
     device: torch.device | str | None = None,
@@ -153,6 +154,7 @@ def plan_splits(
             others' sizes do not depend on; default C.
         itemsize: bytes of a native number.
         num_programs: splits wanted over the whole layer; about 3 per multiprocessor, 396 suits an H100 (132).
+        multiprocessors: of the GPU; where rows alone fill it, splits of codes are then as many as fill whole waves best (`waves.in_waves`).
         min_tokens: no split is shorter unless its segment is.
         tuning: of the GPU: what tokens cost.
         device: where records and ranges go; default the CPU.
@@ -178,12 +180,11 @@ def plan_splits(
     stored = pieces[pieces[:, KIND] != int(Kind.WINDOW)]
     key_widths, value_widths = _widths(stored, KEY), _widths(stored, VALUE)
     token_cost = _token_costs(pieces, itemsize, key_widths, value_widths, tuning)
-    wanted = float((usual * token_cost).sum()) / max(num_programs, 1)
-    count = (usual * token_cost / max(wanted, 1.0)).round().astype(np.int64)
-    count = np.minimum(count.clip(min=1), (usual // min_tokens).clip(min=1))
-    tokens = -(-usual // count)  # per split: even, whole blocks, and whole tiles where that changes little
-    step = np.where(tokens >= 4 * TILE, TILE, BLOCK)
-    tokens = -(-tokens // step) * step
+    work = usual * token_cost
+    resident = programs_at_once(key_widths, value_widths, _pairs(stored), head_dim, itemsize, tuning)
+    if multiprocessors and resident and rows >= multiprocessors:
+        num_programs = in_waves(usual, work, length, ~growing, num_programs, min_tokens, multiprocessors * resident)
+    tokens = split_tokens(usual, work, np.array([num_programs]), min_tokens)[0]
     count = -(-length // tokens)
 
     piece = np.repeat(np.arange(len(pieces)), count)
@@ -208,8 +209,13 @@ def plan_splits(
         window_tokens=window_tokens,
         key_widths=key_widths,
         value_widths=value_widths,
-        pairs=frozenset((n >= 2, n % 2 == 1) for n in _distinct((stored[:, [KEY + BASIS, VALUE + BASIS]] == NONE).astype(np.int64), 2)),
+        pairs=_pairs(stored),
     )
+
+
+def _pairs(stored: np.ndarray) -> frozenset[tuple[bool, bool]]:
+    """Which pairs (raw Keys, raw Values) occur."""
+    return frozenset((n >= 2, n % 2 == 1) for n in _distinct((stored[:, [KEY + BASIS, VALUE + BASIS]] == NONE).astype(np.int64), 2))
 
 
 def _token_costs(pieces: np.ndarray, itemsize: int, key_widths: Slabs, value_widths: Slabs, tuning: Tuning) -> np.ndarray:
