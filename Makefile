@@ -21,7 +21,7 @@ kill: $(VENV)/.test
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/python tools/check_types.py
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_decode.py --output benchmarks/results

@@ -184,15 +184,14 @@ def decode_attention(
     Raises:
         ValueError: the shape is not supported, with `supported`'s reason, or `new` does not have its shape and dtype.
     """
-    reason = supported(q, view)
-    if reason is not None:
+    reason, plan = supported(q, view), view.splits
+    if reason is not None or plan is None:  # without a plan there is a reason
         raise ValueError(f"no Triton decode attention: {reason}; use decode_torch.decode_attention_torch")
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return decode_attention(q, view, scaling, new=new, tiles=tiles, two_part_query=two_part_query)
     from . import decode_kernels as kernels
 
-    plan = view.splits
     batch, query_heads, count, dim = q.shape
     heads = view.num_kv_heads
     group = query_heads // heads

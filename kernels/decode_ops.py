@@ -67,7 +67,8 @@ def decode_attention(
     from .decode_torch import append_newest, finish, segment_partials
 
     held = frozenset(PAIRS[number] for number in pairs)
-    plan = SplitPlan(records, ranges, *counts, 0, 0, Slabs(*key_widths), Slabs(*value_widths), held)
+    slots, unused, most = counts
+    plan = SplitPlan(records, ranges, slots, unused, most, 0, 0, Slabs(*key_widths), Slabs(*value_widths), held)
     view = CacheView(table, codes, bases, own_bases, scales, means, own_means, windows, window_lengths, plan)
     reason = kernels.supported(q, view)
     if reason is None:

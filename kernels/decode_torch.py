@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +84,8 @@ def merge_partials(parts: Sequence[Partials]) -> Partials:
     total = torch.stack([m for m, _, _ in parts]).amax(0)
     safe = total.masked_fill(total == -torch.inf, 0.0)  # -inf minus -inf would be NaN
     weights = [torch.exp(m - safe) for m, _, _ in parts]
-    mass = sum(w * part[1] for w, part in zip(weights, parts, strict=True))
-    acc = sum(w[..., None] * part[2] for w, part in zip(weights, parts, strict=True))
+    mass = cast(Tensor, sum(w * part[1] for w, part in zip(weights, parts, strict=True)))
+    acc = cast(Tensor, sum(w[..., None] * part[2] for w, part in zip(weights, parts, strict=True)))
     return total, mass, acc
 
 

@@ -65,6 +65,7 @@ def guessed(properties: Any) -> Tuning:
     scale = rate / RATE * CYCLES / cycles if rate and cycles else 1.0
     costs = {name: round(getattr(H100, name) * scale, 3) for name in ("softmax", "byte", "nibble")}
     shared = getattr(properties, "shared_memory_per_multiprocessor", SHARED)
-    less = {"stages": 2, "coded_programs": 1, "programs": 2} if shared < SHARED * 2 // 3 else {}
-    same = getattr(properties, "regs_per_multiprocessor", REGISTERS) == REGISTERS
-    return replace(H100, **costs, **less, **({} if same else {"few_registers": None, "many_registers": None}))
+    changed: dict[str, Any] = {"stages": 2, "coded_programs": 1, "programs": 2} if shared < SHARED * 2 // 3 else {}
+    if getattr(properties, "regs_per_multiprocessor", REGISTERS) != REGISTERS:
+        changed |= {"few_registers": None, "many_registers": None}
+    return replace(H100, **costs, **changed)

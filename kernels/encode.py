@@ -86,7 +86,8 @@ def _packed(jobs: Sequence[Packing], dtype: torch.dtype) -> Packed:
 
     first, (heads, _, dim), device = jobs[0], jobs[0].z.shape, jobs[0].z.device
     raws = [job.raw.to(dtype) if job.raw.stride(2) == 1 else job.raw.to(dtype).contiguous() for job in jobs]
-    table, sizes = [], []
+    table: list[list[int]] = []
+    sizes: list[int] = []
     for job, raw in zip(jobs, raws, strict=True):
         assert job.z.is_contiguous() and job.scales.is_contiguous()
         length = job.z.shape[1]

@@ -82,8 +82,7 @@ class SplitPlan:
             return self
         less = -(-self.window_capacity // self.window_tokens) - -(-capacity // self.window_tokens)
         records = self.records[less * (self.ranges.shape[0] - 1) :]
-        counts = {"unused": self.unused + less, "max_splits": self.max_splits - less, "window_capacity": capacity}
-        return replace(self, records=records, **counts)
+        return replace(self, records=records, unused=self.unused + less, max_splits=self.max_splits - less, window_capacity=capacity)
 
 
 def window_class(capacity: int, rows: int) -> tuple[int, int]:

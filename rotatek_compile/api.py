@@ -138,8 +138,17 @@ def load(
     else:
         loaded, processor = load_base(read, model=model, dtype=dtype, device=device, strict=strict, tensor_parallel=tensor_parallel)
     loaded = dressed(loaded, attn_implementation, adapter)
-    plan = {"keep_ratio": keep_ratio, "kv_budget": kv_budget, "token_method": token_method, "token_keep_ratio": token_keep_ratio}
-    enable(loaded, read, backend=backend, fallback=fallback, graphs=graphs, **plan)
+    enable(
+        loaded,
+        read,
+        keep_ratio=keep_ratio,
+        kv_budget=kv_budget,
+        backend=backend,
+        fallback=fallback,
+        graphs=graphs,
+        token_method=token_method,
+        token_keep_ratio=token_keep_ratio,
+    )
     return loaded, processor
 
 

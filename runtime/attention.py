@@ -97,6 +97,7 @@ def rotatek_attention(
             raise RotateKError(f"this model's attention uses {name}, which the compressed cache does not support")
     handle = key
     if handle.first:
+        assert handle.keys is not None and handle.values is not None, "the handle was used after its commit"
         used = getattr(module, "used_width", None)  # behind it a pruned module hands over zeros (rap_attention.py)
         raw = (x[..., :used] for x in (query, handle.keys, handle.values))
         out, _ = delegate(seen, *raw, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

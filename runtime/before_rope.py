@@ -171,7 +171,8 @@ def watching(modules: Mapping[int, Any], seen: dict[int, BeforeRope], mine: Call
         def after(_: Any, args: Any, out: Tensor, layer: int = layer, module: Any = module, angles: list[Any] = angles) -> None:
             if mine():
                 keys = out.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-                seen[layer] = BeforeRope(keys, Turning(*angles[0], getattr(module, "k_norm", None)))
+                cos, sin = angles[0]
+                seen[layer] = BeforeRope(keys, Turning(cos, sin, getattr(module, "k_norm", None)))
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.k_proj.register_forward_hook(after))

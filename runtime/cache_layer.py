@@ -93,7 +93,7 @@ class RotateKLayer(CacheLayerMixin):
         if self.segments is not None:
             self.settle()
             return self.segments.store
-        return None  # type: ignore[return-value]
+        return None
 
     def settle(self) -> None:
         """Store the segments that were begun."""

@@ -196,8 +196,8 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
                 raise RotateKError("the attention mask hides tokens that the compressed cache holds, which it cannot leave out")
             kinds = read_kinds(ids, mask, types, marked, shape, video)
             places = bound.get("position_ids", extra.get("position_ids"))
-            late = media and kinds is not None and self.artifact.geometry.position_axes > 1 and cache.get_seq_length() > 0
-            if late and at_text_positions(places, kinds):
+            late = media and self.artifact.geometry.position_axes > 1 and cache.get_seq_length() > 0
+            if late and kinds is not None and at_text_positions(places, kinds):
                 warnings.warn(
                     "a picture that joins a conversation stands at positions of text and may be read wrong, with a stock cache too: this "
                     "model numbers pictures in its first prompt only; pass position_ids (docs/generation.md)",

@@ -78,11 +78,12 @@ def choose(sides: Sequence[Observed]) -> list[Coordinates]:
 def _decided(side: Observed, shown: Shown, captured: np.ndarray | None) -> Coordinates:
     basis, (tokens, dim) = side.basis, side.x.shape[1:]
     slabs, error, own = list(basis.slabs), shown.error.copy(), set()
-    for h in np.flatnonzero(shown.error > shown.usual) if captured is not None else ():
+    unusual = np.flatnonzero(shown.error > shown.usual)
+    for h, corrected in zip(unusual, captured[unusual], strict=True) if captured is not None else ():
         plan, energy = basis.slabs[h], shown.energy[h].tolist()
         cheaper = affordable(plan, dim, tokens) if side.rules.same_bytes else plan
         if cheaper is not None and 0 < cheaper.rank < dim:
-            held = captured[h, : cheaper.rank].tolist()
+            held = corrected[: cheaper.rank].tolist()
             after = discarded([*held, max(sum(energy) - sum(held), 0.0)], cheaper)
             # without a budget: against what the calibrated basis discards with as many bytes, D · R numbers against S for a direction more
             more = plan.rank if side.rules.same_bytes else min(plan.rank + -(-dim * plan.rank // tokens), dim)

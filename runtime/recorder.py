@@ -24,7 +24,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device, earlier: CudaRecorder | None = None) -> None:
         self.device, self.graph = device, torch.cuda.CUDAGraph()
-        self.pool = earlier.pool if earlier is not None else torch.cuda.graph_pool_handle()
+        self.pool: Any = earlier.pool if earlier is not None else torch.cuda.graph_pool_handle()
 
     def record(self, step: Callable[[], Any]) -> Any:
         """See `Recorder`. Python must not collect garbage meanwhile: freeing another graph would end the capture."""

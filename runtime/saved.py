@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def load_cache(path: str | Path, enabled: enable) -> tuple[RotateKCache, dict[st
     }
     numbers = described["layers"]
     refuse(isinstance(numbers, dict) and set(numbers) == {str(i) for i in prepared}, str(file), f"layers are {shown(numbers)}")
-    shapes = {}
+    shapes: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
     for i, layer in prepared.items():
         check_numbers(numbers[str(i)], layer, common, f"{file}: layer {i}")
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer_shapes(numbers[str(i)], layer, common).items()}
@@ -127,7 +127,7 @@ def load_cache(path: str | Path, enabled: enable) -> tuple[RotateKCache, dict[st
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         state = LayerState(own, numbers[str(i)])
         check_state(state, layer, common, f"{file}: layer {i}")
-        restored: RotateKLayer = cache.layers[i]
+        restored = cast("RotateKLayer", cache.layers[i])  # _check_described looked
         restore_layer(restored, state, devices.get(i, input_device(enabled.model)), common.dtype)
         restored.logical_length, restored.tail = common.length, described["tail"]
         restored.real = torch.tensor(common.real).numpy()
@@ -245,7 +245,7 @@ def _json(data: bytes, where: str, names: bool = True) -> dict[str, Any]:
 
 
 def _check_described(described: dict[str, Any], cache: RotateKCache, model: nn.Module, where: str) -> Common:
-    version = described.get("format_version")
+    version: Any = described.get("format_version")
     refuse(type(version) is int and version >= 1, where, f"format_version is {shown(version)}")
     if version < FORMAT_VERSION:
         raise RotateKError(f"{where}: format_version {version} is of an older rotatek-compile; read the document again and save it anew")
@@ -289,7 +289,7 @@ def _check_header(file: Path, header: dict[str, Any], shapes: dict[str, tuple[to
     refuse(not few, str(file), f"tensors are missing or unknown ({few})")
     for name, (dtype, shape) in shapes.items():
         entry = header[name]
-        seen = entry.get("shape") if isinstance(entry, dict) else None
+        seen: Any = entry.get("shape") if isinstance(entry, dict) else None
         refuse(isinstance(seen, list) and all(map(whole, seen)), str(file), f"tensor {name} is {shown(entry)}")
         fits = len(seen) == len(shape) and all(want in (None, have) for want, have in zip(shape, seen, strict=True))
         wanted = [size if size is not None else "any" for size in shape]

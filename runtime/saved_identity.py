@@ -52,7 +52,8 @@ def layer_devices(model: Any) -> dict[int, torch.device]:
         if type(index) is not int or weight is None:
             continue
         hooks = (getattr(part, "_hf_hook", None) for part in module.modules())  # accelerate keeps weights elsewhere between calls
-        device = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), weight.device)
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        device = next((device for device in devices if device is not None), weight.device)
         found[index] = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     return found
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from ...errors import UsageError
 from ...geometry import Geometry, LayerGeometry
 from ...kernels.slabs import UNIT
+from ..coder import CodedSegment
 
 
 @dataclass(frozen=True, kw_only=True)
-class RivalCoder:
+class RivalCoder(ABC):
     """Base of the coders; immutable and shared by all caches (see `runtime.coder.Coder`)."""
 
     name: str
@@ -20,6 +24,14 @@ class RivalCoder:
 
     def __deepcopy__(self, memo: dict[int, object]) -> RivalCoder:
         return self  # a copied cache goes on sharing settings and learned state
+
+    @abstractmethod
+    def code(self, layer: int, keys: Tensor, values: Tensor, queries: Tensor) -> CodedSegment:
+        """As `Coder.code`."""
+
+    @abstractmethod
+    def bytes_of(self, tokens: int, layer: int) -> int:
+        """As `Coder.bytes_of`."""
 
     def shape(self, layer: int) -> LayerGeometry:
         return self.geometry.layers[layer]
