@@ -14,7 +14,7 @@ that the tables cannot be compared. What "within" means:
   be fewer, and more as long as they are within the budget that it was asked for.
 
 A budget at which a trained rival keeps what it keeps at the next larger one has no row of its own (methods.distinct); the larger one's
-stands for it. What trained rivals keep otherwise than committed is said, and is no error.
+stands for it, if its bytes fit the smaller budget. What trained rivals keep otherwise than committed is said, and is no error.
 A row that one table lacks is named, and is an error unless --some allows a part of the committed rows to be missing. Skills have too few
 documents each for intervals to mean much, and are compared with --skills alone.
 """
@@ -55,25 +55,60 @@ def is_trained(row: Row) -> bool:
     return method in RIVALS and RIVALS[method].learned in LEARNED
 
 
-def key_of(row: Row) -> Key:
-    """What makes a row the same one; older results know one axis."""
+def key_of(row: Row, by_budget: bool = True) -> Key:
+    """What makes a row the same one; older results know one axis, and some no budgets (`by_budget` off).
+
+    Raises:
+        RotateKError: a budget is no number.
+    """
     key = [row.get(name) or ("kv" if name == "axis" else "") for name in NAMES]
-    if is_trained(row) and (asked := [f"{name} {float(row[name]):g}" for name in ASKED if row.get(name)]):
+    if by_budget and is_trained(row) and (asked := [f"{name} {number(row, name):g}" for name in ASKED if row.get(name)]):
         key[NAMES.index("setting")] = ", ".join(asked)
     return tuple(key)
 
 
-def stand_in(key: Key, row: Row, table: Mapping[Key, Row]) -> Row | None:
-    """The row of a trained rival at the next larger budget, in a table that has none at the budget of `row`."""
+def number(row: Row, name: str) -> float:
+    """A cell that has to be one; 0 where it is empty or missing.
+
+    Raises:
+        RotateKError: it is none.
+    """
+    try:
+        return float(row.get(name) or 0)
+    except ValueError:
+        raise RotateKError(f"{row['method']} has {name} {row[name]!r}, which is no number; write the table again") from None
+
+
+def stand_in(key: Key, row: Row, table: Mapping[Key, Row], tolerance: Tolerance) -> Row | None:
+    """The row of a trained rival at the next larger budget, in a table that has none at the budget of `row`, if it fits that budget."""
     if not is_trained(row) or not row.get("requested_budget"):
         return None
-    wanted, at = float(row["requested_budget"]), NAMES.index("setting")
-    larger = [
-        one
-        for other, one in table.items()
-        if (*other[:at], *other[at + 1 :]) == (*key[:at], *key[at + 1 :]) and float(one.get("requested_budget") or 0) > wanted
-    ]
-    return min(larger, key=lambda one: float(one["requested_budget"]), default=None)
+    wanted, at = number(row, "requested_budget"), NAMES.index("setting")
+    same = [one for other, one in table.items() if (*other[:at], *other[at + 1 :]) == (*key[:at], *key[at + 1 :])]
+    larger = [one for one in same if number(one, "requested_budget") > wanted]
+    found = min(larger, key=lambda one: number(one, "requested_budget"), default=None)
+    most = max(number(row, "kv_budget") * number(row, "span_bytes_dense"), number(row, "span_bytes"))
+    return found if found is not None and number(found, "span_bytes") <= most * (1 + tolerance.bytes) else None
+
+
+def tables_of(old: Sequence[Row], new: Sequence[Row], tolerance: Tolerance, skills: bool = False) -> list[dict[Key, Row]]:
+    """Rows of both by what they are, those that stand in among them.
+
+    Raises:
+        RotateKError: two rows of a table are the same one, or a budget is no number.
+    """
+    by_budget = all("requested_budget" in rows[0] for rows in (old, new))
+    tables: list[dict[Key, Row]] = []
+    for rows in (old, new):
+        own = [row for row in rows if skills or row["skill"] == ALL]
+        keys = [key_of(row, by_budget) for row in own]
+        if twice := next((key for n, key in enumerate(keys) if key in keys[:n]), None):
+            raise RotateKError(f"a table has two rows {words_of(twice)}; write it again")
+        tables.append(dict(zip(keys, own, strict=True)))
+    first, second = (dict(table) for table in tables)  # rows stand in for others, not for those that stand in
+    for table, own, other in ((tables[0], first, second), (tables[1], second, first)):
+        table |= {key: row for key in other if key not in own and (row := stand_in(key, other[key], own, tolerance))}
+    return tables
 
 
 def words_of(key: Key) -> str:
@@ -106,10 +141,12 @@ def other_bytes(old: Row, new: Row, tolerance: Tolerance) -> list[str]:
     pairs = [("span", span, new_span), ("kv", kv, new_kv)]
     if is_trained(old):
         budget = float(old.get("kv_budget") or 0) * float(old.get("span_bytes_dense") or 0)
-        fits = new_span <= max(span, budget) * (1 + tolerance.bytes)
+        fits = 0 < new_span <= max(span, budget) * (1 + tolerance.bytes)
         pairs = [("span", span, span if fits else new_span), ("kv without span", kv - span, new_kv - new_span)]
     return [
-        f"{part} bytes {now:.0f}, committed {was:.0f}" for part, was, now in pairs if not abs(now - was) <= tolerance.bytes * max(was, 1.0)
+        f"{part} bytes {now:.0f}, committed {was:.0f}"
+        for part, was, now in pairs
+        if not abs(now - was) <= tolerance.bytes * max(was, 100.0)
     ]
 
 
@@ -127,10 +164,7 @@ def compare(old: Sequence[Row], new: Sequence[Row], tolerance: Tolerance, skills
     counts = [int(rows[0]["samples"]) for rows in (old, new)]
     if counts[0] != counts[1] and min(counts) < FEWEST:
         raise RotateKError(f"{min(counts)} documents are too few to compare with {max(counts)}; measure {FEWEST} or more, or as many")
-    tables = [{key_of(row): row for row in rows if skills or row["skill"] == ALL} for rows in (old, new)]
-    for n in (0, 1):  # of rows as they are, not of those that stand in
-        own = dict(tables[n])
-        tables[n] |= {key: row for key in tables[1 - n] if key not in own and (row := stand_in(key, tables[1 - n][key], own))}
+    tables = tables_of(old, new, tolerance, skills)
     both = [key for key in tables[0] if key in tables[1]]
     found = [f"{words_of(key)}: {'; '.join(said)}" for key in both if (said := outside(tables[0][key], tables[1][key], tolerance))]
     missing = [
@@ -139,11 +173,11 @@ def compare(old: Sequence[Row], new: Sequence[Row], tolerance: Tolerance, skills
     return found, missing, len(both)
 
 
-def kept_otherwise(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
+def kept_otherwise(old: Sequence[Row], new: Sequence[Row], tolerance: Tolerance) -> list[str]:
     """Trained rivals whose setting is another than the committed one's at the same budget, in words."""
-    committed = {key_of(row): row["setting"] for row in old if row["skill"] == ALL}
-    pairs = [(key, committed.get(key), row["setting"]) for row in new if row["skill"] == ALL and is_trained(row) for key in [key_of(row)]]
-    return [f"{words_of(key)}: keeps {now}, committed {was}" for key, was, now in pairs if was is not None and was != now]
+    committed, rerun = tables_of(old, new, tolerance)
+    pairs = [(key, committed[key]["setting"], row["setting"]) for key, row in rerun.items() if is_trained(row) and key in committed]
+    return [f"{words_of(key)}: keeps {now}, committed {was}" for key, was, now in pairs if was != now]
 
 
 def main() -> int:
@@ -157,12 +191,13 @@ def main() -> int:
     parser.add_argument("--some", action="store_true", help="rows may be missing")
     args = parser.parse_args()
     try:
-        tables = [read_results(file) for file in (args.committed, args.rerun)]
-        found, missing, count = compare(*tables, Tolerance(args.negligible, args.bytes), args.skills)
+        tables, tolerance = [read_results(file) for file in (args.committed, args.rerun)], Tolerance(args.negligible, args.bytes)
+        found, missing, count = compare(*tables, tolerance, args.skills)
+        otherwise = kept_otherwise(*tables, tolerance)
     except RotateKError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for line in (*found, *missing, *kept_otherwise(*tables)):
+    for line in (*found, *missing, *otherwise):
         print(line)
     print(f"{count - len(found)} of {count} rows as committed, {len(missing)} in one table only")
     return int(bool(found) or not count or (bool(missing) and not args.some))

@@ -75,11 +75,15 @@ def run(command: Command, jobs: int, logs: Path) -> str:
     say(f"{command.words}{expected} ...")
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // jobs))} | os.environ
     start = time.monotonic()
-    with log.open("w") as shown:
-        status = subprocess.run(command.command, check=False, stdout=shown, stderr=subprocess.STDOUT, env=threads).returncode
+    try:
+        with log.open("w") as shown:
+            status = subprocess.run(command.command, check=False, stdout=shown, stderr=subprocess.STDOUT, env=threads).returncode
+    except OSError as error:
+        return f"{command.words} cannot run: {error.strerror or error} ({command.command[0]})"
     say(f"{command.words}: {time.monotonic() - start:.0f} s")
     if not status:
-        return ""
+        missing = command.made is not None and not command.made.exists()
+        return f"{command.words} ended without making {command.made}, {log} says why" if missing else ""
     said = log.read_text(errors="replace").strip().rsplit("\n", 1)[-1]
     return f"{command.words} ended with status {status}" + (f": {said}" if said else "")
 

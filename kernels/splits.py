@@ -109,9 +109,10 @@ def programs_for(table: Tensor, multiprocessors: int, tuning: Tuning = H100) -> 
 def plan_growing(
     table: np.ndarray, capacity: int, head_dim: int, itemsize: int, device: torch.device, before: SplitPlan | None = None
 ) -> SplitPlan:
-    """The plan for windows of the class of `capacity`; `before`, if it is that. Arguments else as of `plan_splits`."""
-    least, most = window_class(capacity, table.shape[0] * table.shape[1])
-    if before is not None and before.window_capacity == most:
+    """The plan for windows of the class of `capacity`: `before`, a plan of this table, if it is that. The rest is as for `plan_splits`."""
+    rows = table.shape[0] * table.shape[1]
+    least, most = window_class(capacity, rows)
+    if before is not None and before.window_capacity == most and before.ranges.shape[0] == rows + 1:
         return before
     host, tuning = torch.from_numpy(np.ascontiguousarray(table)), tuning_of(device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

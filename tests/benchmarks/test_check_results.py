@@ -69,21 +69,21 @@ def test_rows_are_matched_by_what_they_are():
         compare(old, [row(samples=8)], Tolerance())
 
 
-def trained(asked, setting, span=3000.0, **about):
+def trained(asked, setting, span=3000.0, name="leank-learned", **about):
     """Of a rival that learns, asked for a share of 8,000 bytes."""
     asked = {"requested_budget": str(asked), "kv_budget": str(asked), "span_bytes_dense": "8000"}
-    return row(method="leank-learned", setting=setting, span=span, **asked, **about) | {"kv_bytes": str(span + 500)}
+    return row(method=name, setting=setting, span=span, **asked, **about) | {"kv_bytes": str(span + 500)}
 
 
 def test_rows_of_a_trained_rival_are_known_by_what_was_asked_for():
     old = [trained(0.5, "640 channels"), trained(0.25, "224 channels", span=1900.0)]
     new = [trained(0.5, "672 channels", span=3900.0), trained(0.25, "192 channels", span=1500.0)]
     assert compare(old, new, Tolerance()) == ([], [], 2)
-    assert check_results.kept_otherwise(old, new) == [
+    assert check_results.kept_otherwise(old, new, Tolerance()) == [
         "after: leank-learned (requested_budget 0.5): keeps 672 channels, committed 640 channels",
         "after: leank-learned (requested_budget 0.25): keeps 192 channels, committed 224 channels",
     ]
-    assert check_results.kept_otherwise(old, old) == []
+    assert check_results.kept_otherwise(old, old, Tolerance()) == []
     found, _, _ = compare(old, [new[0], trained(0.25, "192 channels", span=1500.0, kl=(1, 1, 1))], Tolerance())
     assert found == ["after: leank-learned (requested_budget 0.25): KL per token 1, committed 0.1 [0.05, 0.2]"]
     named = [row(setting=words, requested_budget="0.5") for words in ("x", "y")]  # not trained: known by the setting
@@ -97,6 +97,7 @@ def test_rows_of_a_trained_rival_are_known_by_what_was_asked_for():
         (4020.0, 500.0, ["span bytes 4020, committed 3000"]),
         (float("nan"), 500.0, ["span bytes nan, committed 3000", "kv without span bytes nan, committed 500"]),
         (10.0, 500.0, []),
+        (0.0, 500.0, ["span bytes 0, committed 3000"]),
         (3000.0, 600.0, ["kv without span bytes 600, committed 500"]),  # a window that it had not
     ],
 )
@@ -112,18 +113,48 @@ def test_a_trained_rival_may_take_what_it_took_above_its_budget():
 
 
 def test_the_next_larger_budget_stands_for_one_of_equal_setting():
-    old = [trained(0.5, "640"), trained(0.25, "224", span=1500.0), trained(0.125, "64", span=900.0)]
-    new = [trained(0.5, "640"), trained(0.125, "64", span=900.0)]  # at 0.25 it kept 640, too
-    found, missing, count = compare(old, new, Tolerance())
-    assert count == 3 and not missing and found == ["after: leank-learned (requested_budget 0.25): span bytes 3000, committed 1500"]
-    assert compare(new, old, Tolerance()) == ([], [], 3)  # and the other way round, where it takes less
+    old = [trained(0.5, "640", span=1900.0), trained(0.25, "224", span=1500.0), trained(0.125, "64", span=900.0)]
+    new = [trained(0.5, "640", span=1900.0), trained(0.125, "64", span=900.0)]  # at 0.25 it kept 640, too
+    for first, second in ((old, new), (new, old)):
+        assert compare(first, second, Tolerance()) == ([], [], 3)
+    assert check_results.kept_otherwise(old, new, Tolerance()) == ["after: leank-learned (requested_budget 0.25): keeps 640, committed 224"]
     assert compare(old, new[1:], Tolerance())[1] == [  # nothing larger is left
         f"after: leank-learned (requested_budget {asked}): only in the committed table" for asked in (0.5, 0.25)
     ]
-    other = [trained(0.5, "640", axis="keys"), new[1]]  # another axis stands for nothing
-    assert "after: leank-learned (requested_budget 0.25): only in the committed table" in compare(old, other, Tolerance())[1]
+    alone = "after: leank-learned (requested_budget 0.25): only in the committed table"
+    other = [trained(0.5, "640", span=1900.0, axis="keys"), new[1]]  # another axis stands for nothing
+    assert alone in compare(old, other, Tolerance())[1]
+    wide = [trained(0.5, "700", span=2100.0), new[1]]  # of 8,000, too much for a quarter: the row is lost, not equal
+    assert compare([trained(0.5, "700", span=2100.0), *old[1:]], wide, Tolerance()) == ([], [alone], 2)
+    palu = [trained(asked, "x", span=1900.0, name="palu") for asked in (0.5, 0.25)]
+    assert compare(palu, palu[:1], Tolerance()) == ([], [], 2)
     plain = [row(setting=words, requested_budget=asked, kv_budget=asked) for words, asked in (("x", "0.5"), ("y", "0.25"))]
     assert compare(plain, plain[:1], Tolerance())[1] == ["after: int4 (y): only in the committed table"]
+
+
+def test_the_smallest_of_the_larger_budgets_stands():
+    old = [trained(0.5, "a", span=1000.0), trained(0.25, "b", span=800.0), trained(0.125, "c", span=600.0)]
+    found, missing, count = compare(old, [old[0] | {"kl": "9", "kl_low": "9", "kl_high": "9"}, old[1]], Tolerance())
+    assert count == 3 and not missing and [one.split(":")[1] for one in found] == [" leank-learned (requested_budget 0.5)"]
+
+
+def test_rows_of_keys_are_known_by_both_budgets():
+    old = [trained(0.5, "x", key_budget="0.25"), trained(0.5, "y", key_budget="0.125")]
+    assert compare(old, old, Tolerance()) == ([], [], 2)
+
+
+def test_tables_without_budgets_are_matched_by_setting():
+    new = [trained(0.5, "640"), trained(0.25, "224")]
+    old = [{name: x for name, x in one.items() if name != "requested_budget"} for one in new]
+    assert compare(old, new, Tolerance())[1:] == ([], 2)
+    assert compare(old, new[:1], Tolerance())[1] == ["after: leank-learned (224): only in the committed table"]
+
+
+def test_tables_that_cannot_be_matched():
+    with pytest.raises(RotateKError, match="two rows after: leank-learned .requested_budget 0.5."):
+        compare([trained(0.5, "x"), trained(0.5, "y")], [trained(0.5, "y")], Tolerance())
+    with pytest.raises(RotateKError, match="leank-learned has requested_budget 'abc', which is no number"):
+        compare([trained("abc", "x")], [trained(0.5, "y")], Tolerance())
 
 
 def write(file, rows):
@@ -139,7 +170,9 @@ def test_exit_status(tmp_path, monkeypatch, capsys):
     worse = write(tmp_path / "worse.csv", [row(), row(setting="x", kl=(1, 1, 1))])
     fewer = write(tmp_path / "fewer.csv", [row()])
     other = write(tmp_path / "other.csv", [row(data="e")])
+    learned, again = (write(tmp_path / f"{words}.csv", [trained(0.5, words)]) for words in ("640", "672"))
     for arguments, status, words in (
+        ([learned, again], 0, "(requested_budget 0.5): keeps 672, committed 640"),
         ([old, old], 0, "2 of 2 rows as committed, 0 in one table only"),
         ([old, worse], 1, "after: int4 (x): KL per token 1, committed 0.1 [0.05, 0.2]"),
         ([old, fewer], 1, "only in the committed table"),

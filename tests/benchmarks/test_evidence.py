@@ -169,10 +169,17 @@ def test_the_suite_is_divided_among_jobs(played, monkeypatch, tmp_path):
         assert made < min(n for n, words in enumerate(seen) if "--shard" in words and f"{model}-0" in words)
 
 
-def test_what_cannot_begin_is_said(played, monkeypatch):
-    monkeypatch.setattr(evidence.Evidence, "learned", lambda self, model: [side_by_side.Command("nothing", ["true"], 0, Path("none"))])
-    with pytest.raises(SystemExit, match="error: tiny, every method, part 1/2 of 8 documents cannot begin: none is missing"):
-        played("suite", jobs=2, documents=8)
+def test_what_cannot_begin_is_said(tmp_path):
+    waiting = side_by_side.Command("the suite", ["true"], 0, needs=(tmp_path / "none",))
+    with pytest.raises(SystemExit, match="error: the suite cannot begin: .*none is missing"):
+        side_by_side.together([waiting], 2, tmp_path)
+
+
+def test_a_command_that_makes_nothing_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="error: nothing ended without making .*file, .*nothing.txt says why"):
+        side_by_side.together([side_by_side.Command("nothing", [evidence.sys.executable, "-c", ""], 0, tmp_path / "file")], 1, tmp_path)
+    with pytest.raises(SystemExit, match="error: none cannot run: No such file or directory"):
+        side_by_side.together([side_by_side.Command("none", [str(tmp_path / "none")], 0)], 1, tmp_path)
 
 
 @pytest.mark.parametrize(("cores", "pages", "jobs"), [(4, 8, 4), (4, 3.9, 3), (2, 100, 2), (8, 0.5, 1)])

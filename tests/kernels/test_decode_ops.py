@@ -14,9 +14,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:decoding with the torch backend"
 LAYOUT = [[[Segment(40, Coded(8, 16, 16), Coded(0, 0, 32)), Segment(9, Coded(16), None)]], [[Segment(13), EMPTY]]]
 
 
-def case(new=1, poison=False):
+def case(new=1, poison=False, **options):
     """A cache, a query with strides as a model has them, and the newest tokens, which are not in the window yet."""
-    cache = random_cache(LAYOUT, [5, 1 + new], 64, 16, torch.float32, poison=poison)
+    cache = random_cache(LAYOUT, [5, 1 + new], 64, 16, torch.float32, poison=poison, **options)
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(2, new, 4, 64, generator=generator).transpose(1, 2)
     return cache.view, q, *(torch.randn(2, 1, new, 64, generator=generator) for _ in "kv")
@@ -62,9 +62,10 @@ def test_compiled_by_inductor(monkeypatch):
 
 
 def test_what_a_plan_becomes():
-    args = arguments(*case())
-    view = case()[0]
+    args = arguments(*case(grows_to=1000))
+    view = case(grows_to=1000)[0]
     plan = view.splits
+    assert plan.slots > plan.num_splits and plan.unused == 3  # of windows of 256 tokens up to 1,000, three are still to come
     assert args[15:] == ([plan.slots, plan.unused, plan.max_splits], [16, 16, 16], [0, 0, 32], [0, 1, 3])
     assert {decode_ops.PAIRS[number] for number in args[18]} == view.splits.pairs
     assert decode_ops.PAIRS[1] == (False, True)  # coded Keys, raw Values
