@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calib", default="mixed")
     parser.add_argument("--num-samples", type=int, default=144)
-    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
+    parser.add_argument("--ratios", type=float, nargs="*", default=list(RATIOS))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -1,6 +1,6 @@
-"""Check the types of the whole package with mypy and the settings in setup.cfg; arguments are handed on to mypy.
+"""Check the types of the whole package with mypy and the settings in setup.cfg.
 
-    python tools/check_types.py [MYPY ARGS...]
+    python tools/check_types.py
 
 Some subpackages are imported from elsewhere than they lie (`package_dir` in setup.cfg), which mypy does not read: run from the checkout it
 takes them for missing, so for `Any`, and finds nothing in them and no misuse of them. It is shown links to the files, placed as they are
@@ -9,6 +9,7 @@ imported. The exit status is mypy's.
 
 from __future__ import annotations
 
+import argparse
 import configparser
 import os
 import subprocess
@@ -47,7 +48,7 @@ def in_checkout(line: str, site: Path, root: Path) -> str:
 
 
 def check(root: Path, args: list[str]) -> int:
-    """Print what mypy has to say of the packages of the checkout `root`, and return its exit status."""
+    """Print what mypy, called with `args` besides, has to say of the packages of the checkout `root`; return its exit status."""
     root = root.resolve()
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder).resolve()
@@ -59,5 +60,11 @@ def check(root: Path, args: list[str]) -> int:
     return done.returncode
 
 
+def main() -> int:
+    """Parse and check."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    return check(ROOT, [])
+
+
 if __name__ == "__main__":
-    sys.exit(check(ROOT, sys.argv[1:]))
+    sys.exit(main())
