@@ -194,7 +194,7 @@ def main() -> int:
         tables, tolerance = [read_results(file) for file in (args.committed, args.rerun)], Tolerance(args.negligible, args.bytes)
         found, missing, count = compare(*tables, tolerance, args.skills)
         otherwise = kept_otherwise(*tables, tolerance)
-    except RotateKError as error:
+    except (RotateKError, ValueError) as error:  # a cell that is no number
         print(f"error: {error}", file=sys.stderr)
         return 2
     for line in (*found, *missing, *otherwise):

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from check_figures import gone, outside
+from check_results import FEWEST
 from side_by_side import Command, together, usual_jobs
 
 HERE = Path(__file__).resolve().parent
@@ -85,7 +86,7 @@ class Evidence:
 
     def same_options(self) -> None:
         """What --work keeps is of these options. Raises SystemExit if it is of others, which would be taken for theirs."""
-        options, file = {name: getattr(self.args, name) for name in ("data", "num_samples", "documents")}, self.args.work / OPTIONS
+        options, file = {name: getattr(self.args, name) for name in ("data", "num_samples", "documents", "seeds")}, self.args.work / OPTIONS
         if not file.exists():
             file.write_text(json.dumps(options) + "\n", encoding="utf-8")
         for name, kept in json.loads(file.read_text(encoding="utf-8")).items():
@@ -232,7 +233,13 @@ def main() -> int:
     args.jobs = args.jobs if args.jobs is not None else usual_jobs() if args.device == "cpu" else 1
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} is out of range; it must be at least 1")
-    return Evidence(args).all()
+    if "suite" in args.only and args.documents < FEWEST:
+        parser.error(f"--documents {args.documents} are too few to compare; pass {FEWEST} or more")
+    try:
+        return Evidence(args).all()
+    except KeyboardInterrupt:
+        print("interrupted; steps that are finished are kept, run again to go on with the others", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

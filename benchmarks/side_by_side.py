@@ -80,7 +80,7 @@ def run(command: Command, jobs: int, logs: Path) -> str:
             status = subprocess.run(command.command, check=False, stdout=shown, stderr=subprocess.STDOUT, env=threads).returncode
     except OSError as error:
         return f"{command.words} cannot run: {error.strerror or error} ({command.command[0]})"
-    say(f"{command.words}: {time.monotonic() - start:.0f} s")
+    say(f"{command.words}: {time.monotonic() - start:.0f} s" + (f", status {status}" if status else ""))
     if not status:
         missing = command.made is not None and not command.made.exists()
         return f"{command.words} ended without making {command.made}, {log} says why" if missing else ""

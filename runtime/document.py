@@ -7,8 +7,6 @@ together, and asks every question on a fork of its cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from ..placement import input_device
 from ..untrusted import shown
 from .cache import RotateKCache
 from .enable import MEDIA, active, enable, unwrapped
+from .rope_deltas import deltas_of, keepers, positions, set_deltas
 from .saved import load_cache, save_cache
 from .saved_checks import refuse
 from .saved_identity import weights_of
@@ -60,12 +59,12 @@ class Document:
             raise UsageError("a document is read from input_ids; pass the processor's output, as to generate")
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        _set_deltas(enabled.model, None)
+        set_deltas(keepers(enabled.model), None)
         # one token is generated and not read: so positions, masks and chunks are as `generate` makes them
         plain = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
         enabled.model.generate(**inputs | plain | {"attention_mask": mask, "past_key_values": cache, "return_dict_in_generate": False})
         cache.finish()
-        cache.rope_deltas = _deltas(enabled.model)
+        cache.rope_deltas = deltas_of(enabled.model)
         cache.weights = weights_of(enabled.model)
         return cls(enabled, cache, mask.to(torch.int64))
 
@@ -103,7 +102,7 @@ class Document:
             cache.batch_repeat_interleave(sequences)
         place = input_device(self.enabled.model)
         mask = torch.cat([self.mask.to(place), own.to(place, torch.int64)], 1)
-        with _positions(self.enabled.model, self.cache.rope_deltas):
+        with positions(self.enabled.model, self.cache.rope_deltas):
             return self.enabled.model.generate(input_ids=input_ids.to(place), attention_mask=mask, past_key_values=cache, **options)
 
     def ask(self, question: str, max_new_tokens: int = 64, **options: Any) -> str:
@@ -156,7 +155,7 @@ def load_document(path: str | Path, model: nn.Module, processor: Any = None) -> 
         where,
         f"document is {shown(own)}; it may be a bare cache, for load_cache",
     )
-    if _has_deltas(enabled.model) != (cache.rope_deltas is not None):
+    if bool(keepers(enabled.model)) != (cache.rope_deltas is not None):
         raise RotateKError(f"{path} does not say how this model's positions go on; compress the document again")
     mask, length = torch.ones(len(described["real"]), described["length"], dtype=torch.int64), described["length"]
     refuse(isinstance(own["padding"], list) and len(own["padding"]) == len(mask), where, f"padding is {shown(own['padding'])}")
@@ -197,38 +196,3 @@ def _sequences(model: nn.Module, options: dict[str, Any]) -> int:
     config: Any = options.get("generation_config") or getattr(model, "generation_config", None)
     counts = [options.get(name, getattr(config, name, 1)) for name in ("num_beams", "num_return_sequences")]
     return max(int(count or 1) for count in counts)
-
-
-# -- M-RoPE: `rope_deltas` [B, 1] is kept on the model, by whichever part computes positions ------------------------------------------
-
-
-def _keepers(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if hasattr(module, "rope_deltas"))
-
-
-def _has_deltas(model: nn.Module) -> bool:
-    return next(_keepers(model), None) is not None
-
-
-def _deltas(model: nn.Module) -> Tensor | None:
-    for keeper in _keepers(model):
-        if isinstance(keeper.rope_deltas, Tensor):
-            return keeper.rope_deltas.detach().to(torch.int64).view(-1, 1).clone()
-    return None
-
-
-def _set_deltas(model: nn.Module, deltas: Tensor | None) -> None:
-    for keeper in _keepers(model):
-        keeper.rope_deltas = deltas
-
-
-@contextmanager
-def _positions(model: nn.Module, deltas: Tensor | None) -> Iterator[None]:
-    """A document's own `rope_deltas` on the model; what another conversation has there is put back."""
-    before = [(keeper, keeper.rope_deltas) for keeper in _keepers(model)]
-    _set_deltas(model, deltas)
-    try:
-        yield
-    finally:
-        for keeper, old in before:
-            keeper.rope_deltas = old

@@ -29,6 +29,7 @@ from .graphs import DecodeGraphs
 from .media import ENCODERS, CallState, at_text_positions, encoded_features, encoded_lengths, features_of, lengths_of
 from .prepared import PreparedArtifact
 from .rap_load import pruned_artifact, same_pruning
+from .rope_deltas import after_pictures, keepers, set_deltas
 from .segments import hides_past, read_kinds
 from .tensor_parallel import shard_of
 from .vision_attention import note, watched
@@ -86,6 +87,7 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             self.artifact = selecting(self.artifact, token_method, token_keep_ratio, keep_ratio=keep_ratio, kv_budget=kv_budget)
         # selections that caches of this model make, whose scores may need more of an encoder than it returns
         self.token_methods = {self.artifact.method.token_method} - {None}
+        self.position_keepers = keepers(self.model)  # parts with `rope_deltas`, which a cache that has its own sets
         self.projections: dict[int, Any] = {}  # attention modules by layer, once a coder asks for Keys before RoPE
         self.backend: Backend = choose_backend(backend, input_device(self.model))
         if not fallback:
@@ -133,6 +135,8 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
         self._shadow(model, "forward", self._wrap_forward)
         if hasattr(model, "_prepare_cache_for_generation"):
             self._shadow(model, "_prepare_cache_for_generation", self._wrap_prepare)
+        if self.position_keepers and hasattr(model, "_prepare_position_ids_for_generation"):
+            self._shadow(model, "_prepare_position_ids_for_generation", self._wrap_positions)
         inner = getattr(model, "base_model", model)
         for method, kind in ENCODERS.items():
             if hasattr(inner, method):
@@ -203,6 +207,9 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
                     "model numbers pictures in its first prompt only; pass position_ids (docs/generation.md)",
                     stacklevel=2,
                 )
+            own = cache.rope_deltas
+            if own is not None and not media and places is None:
+                set_deltas(self.position_keepers, own)
             encoded = bound.get("mm_encoder_outputs", extra.get("mm_encoder_outputs"))
             state.begin(shape, kinds, lengths_of(encoded))
             state.show(features_of(encoded))
@@ -223,6 +230,8 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             finally:
                 _call.reset(token)
                 state.end()
+            if own is not None and late and places is not None and places.dim() == 3:
+                cache.rope_deltas = after_pictures(places, cache.get_seq_length()).to(own.device)
             if marked:  # images may have been coded
                 cache.check_drift()
             return out
@@ -255,6 +264,16 @@ class enable:  # noqa: N801 - used like a function: `with enable(model, artifact
             return prepare(generation_config, model_kwargs, *args, **kwargs)
 
         return with_compressed_cache
+
+    def _wrap_positions(self, prepare: Any) -> Any:
+        @functools.wraps(prepare)
+        def with_own_deltas(inputs_tensor: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            cache = model_kwargs.get("past_key_values")
+            if isinstance(cache, RotateKCache) and cache.rope_deltas is not None:
+                set_deltas(self.position_keepers, cache.rope_deltas)
+            return prepare(inputs_tensor, model_kwargs, *args, **kwargs)
+
+        return with_own_deltas
 
     def _wrap_encoder(self, encode: Any, inner: Any, kind: int) -> Any:
         @functools.wraps(encode)

@@ -171,7 +171,9 @@ def test_exit_status(tmp_path, monkeypatch, capsys):
     fewer = write(tmp_path / "fewer.csv", [row()])
     other = write(tmp_path / "other.csv", [row(data="e")])
     learned, again = (write(tmp_path / f"{words}.csv", [trained(0.5, words)]) for words in ("640", "672"))
+    damaged = write(tmp_path / "damaged.csv", [row() | {"kl": "lots"}])
     for arguments, status, words in (
+        ([fewer, damaged], 2, "error: could not convert string to float: 'lots'"),
         ([learned, again], 0, "(requested_budget 0.5): keeps 672, committed 640"),
         ([old, old], 0, "2 of 2 rows as committed, 0 in one table only"),
         ([old, worse], 1, "after: int4 (x): KL per token 1, committed 0.1 [0.05, 0.2]"),

@@ -150,6 +150,22 @@ def test_what_is_kept_of_another_run_is_not_taken_for_this_one(played):
         played("rotation", documents=9)
     with pytest.raises(SystemExit, match="holds a run with --data mixed"):
         played("suite", data="ours")
+    with pytest.raises(SystemExit, match=r"holds a run with --seeds \[0, 5\]"):
+        played("rotation", seeds=[5])
+
+
+def test_the_command_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["evidence.py", "--documents", "4", "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit, match="2"):
+        evidence.main()
+    assert "--documents 4 are too few to compare; pass 9 or more" in capsys.readouterr().err and not (tmp_path / "work").exists()
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evidence.Evidence, "all", interrupted)
+    monkeypatch.setattr("sys.argv", ["evidence.py", "--work", str(tmp_path / "work")])
+    assert evidence.main() == 1 and "steps that are finished are kept" in capsys.readouterr().err
 
 
 def test_the_suite_is_divided_among_jobs(played, monkeypatch, tmp_path):

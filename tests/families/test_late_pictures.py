@@ -15,8 +15,10 @@ from family_artifacts import FULL, artifact  # noqa: E402
 from modes import Subject, second_image  # noqa: E402
 
 from rotatek_compile.geometry import geometry_of  # noqa: E402
+from rotatek_compile.runtime.document import Document  # noqa: E402
 from rotatek_compile.runtime.enable import enable  # noqa: E402
 from rotatek_compile.runtime.media import at_text_positions  # noqa: E402
+from rotatek_compile.runtime.saved import load_cache  # noqa: E402
 
 LATE = "a picture that joins a conversation stands at positions of text"
 
@@ -63,6 +65,39 @@ def test_positions_of_the_whole(subject):
         with pytest.warns(UserWarning, match=LATE):
             wrong, one_prompt = turns()
         assert float((wrong - one_prompt)[:, 0].nan_to_num(0.0).abs().max()) > 1e-2
+
+
+@torch.no_grad()
+def test_a_saved_conversation_goes_on_where_it_was(subject, tmp_path):
+    """A document's cache, a picture that joins it with positions, a file, another prompt in between: as one prompt, by plain generate."""
+    model = subject.model
+    first, second, question = subject.one(seed=0), subject.one("And this?", seed=3), torch.tensor([[7, 8, 9]])
+    with enable(model, artifact(geometry_of(model.config), FULL, "visual"), backend="torch") as enabled:
+        cache = Document.read(model, **first).cache
+        whole = {"input_ids": torch.cat([first["input_ids"], second["input_ids"]], 1)}
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        whole["mm_token_type_ids"] = torch.cat([first["mm_token_type_ids"], second["mm_token_type_ids"]], 1)
+        whole["image_grid_thw"] = torch.cat([first["image_grid_thw"], second["image_grid_thw"]])
+        places, deltas = model.model.get_rope_index(**whole)
+        own = {name: second[name] for name in ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids")}
+        before = cache.rope_deltas.clone()
+        model(**own, position_ids=places[..., cache.get_seq_length() :], past_key_values=cache)
+        assert torch.equal(cache.rope_deltas, deltas) and not torch.equal(before, deltas)
+        cache.save(tmp_path / "cache")
+
+        pixels = torch.cat([first["pixel_values"], second["pixel_values"]])
+        whole["input_ids"] = torch.cat([whole["input_ids"], question], 1)
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        whole["mm_token_type_ids"] = torch.cat([whole["mm_token_type_ids"], torch.zeros_like(question)], 1)
+        expected = subject.generate(whole | {"pixel_values": pixels}, 3)
+        for one in (cache.fork(), load_cache(tmp_path / "cache", enabled)[0]):
+            subject.generate(subject.one("Something else?", seed=5), 2)  # leaves its own number on the model
+            mask = torch.ones(1, one.get_seq_length() + 3, dtype=torch.int64)
+            got = subject.generate({"input_ids": question, "attention_mask": mask}, 3, past_key_values=one)
+            assert float((got.logits - expected.logits).nan_to_num(0.0).abs().max()) < 1e-4
+        subject.generate(subject.one("Something else?", seed=5), 2)
+        found = model(input_ids=question, past_key_values=cache).logits[:, -1]  # a plain call, too
+        assert float((found - expected.logits[:, 0]).nan_to_num(0.0).abs().max()) < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore:.*eos_token_id")
