@@ -86,6 +86,7 @@ class RotateKCache(Cache):
         selector = self.state.selector
         asked = self.state.before_rope is not None
         self.state = CallState(selector.fresh() if selector is not None else None, before_rope=asked)
+        self.rope_deltas = None  # of what it held
         for layer in self.layers:
             if isinstance(layer, RotateKLayer):
                 layer.state = self.state

@@ -98,6 +98,8 @@ def test_a_saved_conversation_goes_on_where_it_was(subject, tmp_path):
         subject.generate(subject.one("Something else?", seed=5), 2)
         found = model(input_ids=question, past_key_values=cache).logits[:, -1]  # a plain call, too
         assert float((found - expected.logits[:, 0]).nan_to_num(0.0).abs().max()) < 1e-4
+        cache.reset()
+        assert cache.rope_deltas is None  # of what it held, and not of what it is to hold
 
 
 @pytest.mark.filterwarnings("ignore:.*eos_token_id")
