@@ -50,7 +50,7 @@ class Tolerance:
 
 
 def is_trained(row: Row) -> bool:
-    """Whether what the method keeps was learned by gradient steps, which no two machines take alike."""
+    """Whether what the method keeps comes from training or gradients, which no two machines compute alike."""
     method = row.get("method", "")
     return method in RIVALS and RIVALS[method].learned in LEARNED
 

@@ -16,7 +16,8 @@ class Tuning:
 
     Attributes:
         programs, coded_programs, filled_programs: splits to aim for per multiprocessor: of raw and native numbers; where a segment has 8-
-            or 4-bit codes, whose splits have more to do before and after; once the rows (batch, head) alone fill the GPU.
+            or 4-bit codes, whose splits have more to do before and after; once the rows (batch, head) alone fill the GPU, where codes may
+            get fewer (`waves.in_waves`).
         softmax, byte, nibble: what a token costs where instructions bound it, in bytes that are read in the same time: scores and
             softmax, and each byte of a tile of 8-bit and of 4-bit codes (`splits.plan_splits`).
         stages: tiles of codes under way at once. large_tile: bytes per token up to which a tile has 128 tokens instead of 64.
